@@ -1,0 +1,1 @@
+"""Checkpoint to bundle to Triton, and the client that asks it."""

@@ -1,0 +1,1 @@
+"""What every part shares: command line, configuration, errors, freshness."""

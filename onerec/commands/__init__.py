@@ -1,0 +1,1 @@
+"""The sub-commands of `onerec`, one module an area."""

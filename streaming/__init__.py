@@ -1,0 +1,1 @@
+"""Events in, histories and sessions out (SEMANTICS.md)."""

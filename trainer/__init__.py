@@ -1,0 +1,1 @@
+"""Catalogue, semantic IDs, model and the continuous trainer."""
