@@ -169,8 +169,9 @@ def save_checkpoint(
         sync_file(target.parent)
     except (OSError, SafetensorError) as error:
         shutil.rmtree(staging, ignore_errors=True)
+        reason = getattr(error, "strerror", None) or error
         raise Failure(
-            f"checkpoint of step {checkpoint.step} could not be written to {target}: {getattr(error, 'strerror', None) or error}; "
+            f"checkpoint of step {checkpoint.step} could not be written to {target}: {reason}; "
             "free space or mend permissions, then start the same command again"
         ) from error
     return written
