@@ -22,7 +22,7 @@ class Trie:
     """An L-level CSR trie over D distinct tuples of N items; immutable.
 
     `pointers[l]` [nodes of level l-1, + 1] and `tokens[l]` [nodes of level l] for l = 1..L-1 (entry 0 is
-    empty); the children of node n of level l-1 are the nodes `pointers[l][n]` to `pointers[l][n+1]` (exclusive) of level l.
+    empty); node n of level l-1 has the children `pointers[l][n]` to `pointers[l][n+1]` (exclusive) of level l.
     `capacity[l]` [nodes of level l]: items below a node. `ancestor[l]` [D]: the node of level l above each leaf.
     `leaf_pointers` [D+1], `leaf_rows` [N]: the items of each leaf, in catalogue order.
     """
@@ -116,7 +116,7 @@ def build_trie(item_codes: NDArray[np.integer], codes: int) -> Trie:
     if item_codes.ndim != 2 or item_codes.shape[1] < 1:
         raise UserError(f"item codes must have the shape [items, levels], not {item_codes.shape}")
     if len(item_codes) == 0:
-        raise UserError("the catalogue has no items, so no session can be generated; add items: `onerec replay --items`")
+        raise UserError("the catalogue has no items: nothing can be generated; add items with `onerec replay --items`")
     if item_codes.min() < 0 or item_codes.max() >= codes:
         raise UserError(
             f"the codes run from {item_codes.min()} to {item_codes.max()}, the model knows 0 to {codes - 1}; "
