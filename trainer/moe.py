@@ -53,7 +53,7 @@ class MoE(nn.Module):
         return self._grouped(flat, routing).reshape(x.shape)
 
     def _symbolic(self, x: Tensor) -> Tensor:
-        return torch.onnx.ops.symbolic(
+        mixed = torch.onnx.ops.symbolic(
             "com.microsoft::MoE",
             (x, F.linear(x, self.router), self.w1, None, self.w2),
             {"activation_type": "relu", "k": self.top_k, "normalize_routing_weights": 0},
@@ -61,6 +61,9 @@ class MoE(nn.Module):
             shape=x.shape,
             version=1,
         )
+        # The CPU kernel writes its output over an input that nobody reads afterwards, while it still reads it
+        # (onnxruntime 1.31.1: silently wrong). A reader of `x` behind the node forbids that.
+        return torch.where(torch.ones(1, dtype=torch.bool, device=x.device), mixed, x)
 
     def _grouped(self, x: Tensor, routing: Routing) -> Tensor:
         order = torch.argsort(routing.experts.flatten(), stable=True)
