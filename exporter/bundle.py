@@ -1,0 +1,327 @@
+"""A bundle: graph, weights, trie, item map, runtime and manifest under one version number, sealed by sha256.
+
+Layout of a version folder, which is also what Triton's Python backend loads:
+
+    model.py            entry of the Python backend        lib/         the modules it needs, copied
+    graph/              ONNX graph and its weights         catalogue.npz  trie, item ids, codes: one snapshot
+    tags.json           tags by catalogue row              manifest.json  this, with sha256 and size of every file
+
+No torch in here: the serving host imports this module too.
+"""
+
+from __future__ import annotations
+
+import ast
+import hashlib
+import importlib.util
+import os
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Protocol
+
+import msgspec
+import numpy as np
+from numpy.typing import NDArray
+
+from exporter.trie import Trie, build_trie
+from onerec.errors import UserError
+from trainer.config import ModelConfig
+
+FORMAT = 1
+MANIFEST_FILE = "manifest.json"
+CATALOGUE_FILE = "catalogue.npz"
+TAGS_FILE = "tags.json"
+GRAPH_FOLDER = "graph"
+LIBRARY_FOLDER = "lib"
+ENTRY_FILE = "model.py"
+
+RUNTIME_MODULES = ("serving_config.recommend.service", "serving_config.recommend.histories")
+PROJECT_PACKAGES = ("onerec", "streaming", "trainer", "exporter", "serving_config")
+
+
+class CatalogueLike(Protocol):
+    """What a bundle takes from `trainer.items.Catalogue`."""
+
+    @property
+    def version(self) -> str:
+        """Codebook version."""
+    @property
+    def revision(self) -> str:
+        """Hash of everything, new items included."""
+    @property
+    def item_ids(self) -> list[str]:
+        """Item ids by row."""
+    @property
+    def item_codes(self) -> NDArray[np.int32]:
+        """Codes [N, L]."""
+    @property
+    def tags(self) -> list[list[str]]:
+        """Tags by row."""
+
+
+class FileEntry(msgspec.Struct, frozen=True, kw_only=True):
+    """One file as it was when the bundle was sealed."""
+
+    sha256: str
+    size: int
+
+
+class Parity(msgspec.Struct, frozen=True, kw_only=True):
+    """The graph against torch on the same weights: histories asked, sessions compared, largest score difference."""
+
+    histories: int
+    sessions: int
+    score_difference: float
+
+
+class Manifest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """What a bundle says of itself. `watermark` is event time in ms learnt up to, None before the first session;
+    `items` and `leaves` count the catalogue and its distinct tuples; `created_ms` is wall-clock time.
+    """
+
+    version: int
+    codebook_version: str
+    catalogue_revision: str
+    items: int
+    leaves: int
+    watermark: int | None
+    step: int
+    model_config: ModelConfig
+    width: int
+    created_ms: int
+    parity: Parity
+    files: dict[str, FileEntry]
+    format: int = FORMAT
+
+
+class Snapshot(msgspec.Struct, frozen=True, kw_only=True):
+    """The catalogue of one version: never changed, so that trie and item map cannot disagree within a request."""
+
+    codebook_version: str
+    revision: str
+    trie: Trie
+    item_ids: list[str]
+    item_codes: NDArray[np.int32]
+
+
+def write_catalogue(folder: Path, catalogue: CatalogueLike, codes: int) -> Snapshot:
+    """Write trie, item map and tags of a catalogue into a bundle folder.
+
+    `codes` is the model's number of codes a level; raises UserError where the catalogue does not fit it.
+    """
+    trie = build_trie(catalogue.item_codes, codes)
+    encoded = [item_id.encode() for item_id in catalogue.item_ids]
+    offsets = np.zeros(len(encoded) + 1, dtype=np.int64)
+    np.cumsum([len(item_id) for item_id in encoded], out=offsets[1:])
+    arrays: dict[str, NDArray[np.generic]] = {
+        "codebook_version": np.array(catalogue.version),
+        "revision": np.array(catalogue.revision),
+        "codes": np.array(codes),
+        "ids": np.frombuffer(b"".join(encoded), dtype=np.uint8),
+        "id_offsets": offsets,
+        "item_codes": np.ascontiguousarray(catalogue.item_codes, dtype=np.int32),
+        "tuples": trie.tuples,
+        "leaf_pointers": trie.leaf_pointers,
+        "leaf_rows": trie.leaf_rows,
+    }
+    for level in range(trie.levels):
+        arrays |= {
+            f"pointers{level}": trie.pointers[level],
+            f"tokens{level}": trie.tokens[level],
+            f"capacity{level}": trie.capacity[level],
+            f"ancestor{level}": trie.ancestor[level],
+        }
+    with (folder / CATALOGUE_FILE).open("wb") as file:
+        np.savez(file, **arrays)  # type: ignore[arg-type]
+    (folder / TAGS_FILE).write_bytes(msgspec.json.encode(catalogue.tags))
+    return Snapshot(
+        codebook_version=catalogue.version,
+        revision=catalogue.revision,
+        trie=trie,
+        item_ids=list(catalogue.item_ids),
+        item_codes=catalogue.item_codes,
+    )
+
+
+def read_catalogue(folder: Path) -> Snapshot:
+    """The catalogue snapshot of a bundle; raises UserError naming the file when it cannot be read."""
+    try:
+        with np.load(folder / CATALOGUE_FILE, allow_pickle=False) as arrays:
+            levels = arrays["tuples"].shape[1]
+            blob, offsets = arrays["ids"].tobytes(), arrays["id_offsets"].tolist()
+            trie = Trie(
+                levels=levels,
+                codes=int(arrays["codes"]),
+                tuples=arrays["tuples"],
+                pointers=tuple(arrays[f"pointers{level}"] for level in range(levels)),
+                tokens=tuple(arrays[f"tokens{level}"] for level in range(levels)),
+                capacity=tuple(arrays[f"capacity{level}"] for level in range(levels)),
+                ancestor=tuple(arrays[f"ancestor{level}"] for level in range(levels)),
+                leaf_pointers=arrays["leaf_pointers"],
+                leaf_rows=arrays["leaf_rows"],
+            )
+            return Snapshot(
+                codebook_version=str(arrays["codebook_version"]),
+                revision=str(arrays["revision"]),
+                trie=trie,
+                item_ids=[blob[a:b].decode() for a, b in zip(offsets, offsets[1:], strict=False)],
+                item_codes=arrays["item_codes"],
+            )
+    except (OSError, ValueError, KeyError, EOFError) as error:
+        raise UserError(f"bundle {folder}: {CATALOGUE_FILE} cannot be read ({error}); publish again") from None
+
+
+def read_tags(folder: Path) -> list[list[str]]:
+    """Tags by catalogue row."""
+    try:
+        return msgspec.json.decode((folder / TAGS_FILE).read_bytes(), type=list[list[str]])
+    except (OSError, msgspec.DecodeError) as error:
+        raise UserError(f"bundle {folder}: {TAGS_FILE} cannot be read ({error}); publish again") from None
+
+
+def _source(module: str) -> Path | None:
+    """File of a module of this project, None for what is not a module (a name imported from one)."""
+    try:
+        spec = importlib.util.find_spec(module)
+    except ModuleNotFoundError:
+        return None
+    return Path(spec.origin) if spec and spec.origin else None
+
+
+def _imported(source: Path) -> set[str]:
+    """Dotted names that a file imports at its top level or in functions; type-checking blocks left out."""
+    names: set[str] = set()
+    pending: list[ast.AST] = [ast.parse(source.read_text(encoding="utf-8"))]
+    while pending:
+        node = pending.pop()
+        if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test):
+            continue
+        if isinstance(node, ast.Import):
+            names.update(alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom) and node.module and node.level == 0:
+            names.add(node.module)
+            names.update(f"{node.module}.{alias.name}" for alias in node.names)
+        pending.extend(ast.iter_child_nodes(node))
+    return names
+
+
+def runtime_modules() -> dict[str, Path]:
+    """The modules that serve, and every module of this project that they import, in turn: name → file."""
+    found: dict[str, Path] = {}
+    pending = list(RUNTIME_MODULES)
+    while pending:
+        name = pending.pop()
+        if name in found or name.split(".")[0] not in PROJECT_PACKAGES:
+            continue
+        source = _source(name)
+        if source is None:
+            continue
+        found[name] = source
+        pending.extend(_imported(source))
+        if "." in name:
+            pending.append(name.rpartition(".")[0])
+    return found
+
+
+def copy_runtime(folder: Path) -> None:
+    """Lay the Python backend's entry and the modules it needs into a bundle, so that it depends on no installed copy."""
+    for name, source in runtime_modules().items():
+        parts = name.split(".")
+        relative = Path(*parts, "__init__.py") if source.name == "__init__.py" else Path(*parts).with_suffix(".py")
+        target = folder / LIBRARY_FOLDER / relative
+        target.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(source, target)
+    entry = _source("serving_config.recommend")
+    if entry is None:
+        raise UserError("serving_config.recommend is not installed; install the package again: pip install .")
+    shutil.copyfile(entry.parent / "model.py", folder / ENTRY_FILE)
+
+
+def _digest(path: Path) -> FileEntry:
+    with path.open("rb") as file:
+        return FileEntry(sha256=hashlib.file_digest(file, "sha256").hexdigest(), size=os.fstat(file.fileno()).st_size)
+
+
+def bundle_files(folder: Path) -> list[str]:
+    """Relative names of the files in a bundle, manifest left out."""
+    return sorted(
+        path.relative_to(folder).as_posix()
+        for path in folder.rglob("*")
+        if path.is_file() and path.name != MANIFEST_FILE and "__pycache__" not in path.parts
+    )
+
+
+def digest_files(folder: Path) -> dict[str, FileEntry]:
+    """sha256 and size of every file of a bundle."""
+    return {name: _digest(folder / name) for name in bundle_files(folder)}
+
+
+def sync_tree(folder: Path) -> None:
+    """Force every file and folder below `folder`, and itself, to the disk."""
+    for path in [*folder.rglob("*"), folder]:
+        handle = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
+
+
+def write_manifest(folder: Path, manifest: Manifest) -> None:
+    """Seal a bundle: the manifest with its own digest as the last field."""
+    record = msgspec.to_builtins(manifest)
+    record["sha256"] = _record_digest(record)
+    (folder / MANIFEST_FILE).write_bytes(msgspec.json.format(msgspec.json.encode(record)) + b"\n")
+
+
+def _record_digest(record: dict[str, object]) -> str:
+    return hashlib.sha256(msgspec.json.encode(record, order="deterministic")).hexdigest()
+
+
+def read_manifest(folder: Path) -> Manifest:
+    """The manifest of a bundle, its own digest checked; raises UserError naming folder and fault."""
+    try:
+        record = msgspec.json.decode((folder / MANIFEST_FILE).read_bytes(), type=dict[str, object])
+        if record.get("format") != FORMAT:
+            raise UserError(f"bundle {folder}: format {record.get('format')}, this version reads {FORMAT}; publish again")
+        digest = record.pop("sha256", None)
+        if digest != _record_digest(record):
+            raise UserError(f"bundle {folder}: {MANIFEST_FILE} is damaged; publish again")
+        return msgspec.convert(record, Manifest)
+    except OSError as error:
+        raise UserError(f"bundle {folder}: {MANIFEST_FILE} cannot be read ({error.strerror}); publish again") from None
+    except (msgspec.MsgspecError, UnicodeDecodeError) as error:
+        raise UserError(f"bundle {folder}: {MANIFEST_FILE} is damaged ({error}); publish again") from None
+
+
+def verify_bundle(folder: Path) -> Manifest:
+    """Recompute every hash of a bundle and check that its parts belong together; returns its manifest.
+
+    Raises UserError naming the first file that is missing, altered or of another codebook.
+    """
+    manifest = read_manifest(folder)
+    for name, entry in manifest.files.items():
+        try:
+            found = _digest(folder / name)
+        except OSError as error:
+            raise UserError(f"bundle {folder}: {name} cannot be read ({error.strerror}); publish again") from None
+        if found != entry:
+            raise UserError(f"bundle {folder}: {name} is not what was published (sha256 differs); publish again")
+    for name in (ENTRY_FILE, CATALOGUE_FILE, TAGS_FILE):
+        if name not in manifest.files:
+            raise UserError(f"bundle {folder}: no {name}; publish again")
+    return manifest
+
+
+def check_codebooks(weights: str, catalogue: str) -> None:
+    """Refuse weights of one codebook with the catalogue of another: their codes mean different items."""
+    if weights != catalogue:
+        raise UserError(
+            f"mixed versions: the checkpoint was trained with codebook {weights}, the catalogue has {catalogue}; "
+            "train a run on this catalogue, or name the state whose catalogue the run was trained on"
+        )
+
+
+def item_names(snapshot: Snapshot, rows: Sequence[int]) -> list[str]:
+    """Item ids of catalogue rows."""
+    return [snapshot.item_ids[row] for row in rows]

@@ -1,0 +1,1 @@
+"""The Triton model `recommend`: what runs inside the Python backend."""

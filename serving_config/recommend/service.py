@@ -1,0 +1,171 @@
+"""What the model `recommend` answers (DESIGN.md, "What an application calls"): arrays in, arrays out, no Triton in here."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from serving_config.recommend.engine import MAX_ROWS, Engine, History
+from serving_config.recommend.errors import RequestError
+
+NO_WATERMARK = -1
+"""`watermark` of a version that has learnt nothing yet."""
+
+REWARD_NAMES = ("swt", "vtr", "wtr", "ltr")
+
+
+class HistorySource(Protocol):
+    """Where stored histories come from."""
+
+    def catch_up(self) -> None:
+        """See the newest commits."""
+
+    def of(self, user_id: str) -> list[str] | None:
+        """Item ids oldest first; None for an unknown user."""
+
+    def close(self) -> None:
+        """Let go of the source."""
+
+
+class Request(NamedTuple):
+    """The tensors of one request as they came, None where left out; B rows each."""
+
+    user_id: NDArray[np.object_] | None = None
+    history: NDArray[np.object_] | None = None
+    count: NDArray[np.int32] | None = None
+    select: NDArray[np.object_] | None = None
+
+
+class Answer(NamedTuple):
+    """items [B, count, m] of bytes, scores [B, count], rewards [B, count, 4] (NaN: the version has no reward model),
+    model_version and watermark int64 [B, 1] (watermark in ms, NO_WATERMARK where nothing was learnt yet)."""
+
+    items: NDArray[np.object_]
+    scores: NDArray[np.float32]
+    rewards: NDArray[np.float32]
+    model_version: NDArray[np.int64]
+    watermark: NDArray[np.int64]
+
+
+class _Plan(NamedTuple):
+    """A request understood: one history a row, all with the same count."""
+
+    histories: list[History]
+    count: int
+    unknown_users: int
+
+
+class Service:
+    """One version's engine and the histories of this host."""
+
+    def __init__(self, engine: Engine, histories: HistorySource) -> None:
+        self._engine = engine
+        self._histories = histories
+
+    def answer(self, requests: Sequence[Request]) -> tuple[list[Answer | RequestError], dict[str, int]]:
+        """All requests in one run of the graph; also counts of unknown items, unknown users and refused requests."""
+        self._histories.catch_up()
+        plans: list[_Plan | RequestError] = []
+        for request in requests:
+            try:
+                plans.append(self._plan(request))
+            except RequestError as error:
+                plans.append(error)
+        understood = [plan for plan in plans if isinstance(plan, _Plan)]
+        rows = [history.codes for plan in understood for history in plan.histories]
+        counts = {
+            "unknown_items": sum(history.unknown for plan in understood for history in plan.histories),
+            "unknown_users": sum(plan.unknown_users for plan in understood),
+        }
+        try:
+            chunks = [self._engine.search(rows[start : start + MAX_ROWS]) for start in range(0, len(rows), MAX_ROWS)]
+        except Exception as error:  # ONNX Runtime's exceptions share no base class; e.g. out of memory
+            failed = RequestError(f"the model could not be run: {error}", client_fault=False)
+            answers: list[Answer | RequestError] = [failed if isinstance(plan, _Plan) else plan for plan in plans]
+        else:
+            beams = [pair for chunk in chunks for pair in zip(chunk.leaves, chunk.scores, strict=True)]
+            answers = []
+            for plan in plans:
+                if isinstance(plan, RequestError):
+                    answers.append(plan)
+                    continue
+                own, beams = beams[: len(plan.histories)], beams[len(plan.histories) :]
+                try:
+                    answers.append(self._answer(own, plan.count))
+                except RequestError as error:
+                    answers.append(error)
+        counts["refused"] = sum(isinstance(answer, RequestError) for answer in answers)
+        return answers, counts
+
+    def close(self) -> None:
+        """Let go of the state."""
+        self._histories.close()
+
+    def _plan(self, request: Request) -> _Plan:
+        count = self._count(request.count)
+        _check_select(request.select)
+        unknown_users = 0
+        if request.history is not None:
+            if request.user_id is not None:
+                _texts(request.user_id, "user_id")
+            histories = [_texts(row, "history") for row in request.history]
+        elif request.user_id is not None:
+            histories = []
+            for user_id in _texts(request.user_id, "user_id"):
+                stored = self._histories.of(user_id)
+                unknown_users += stored is None
+                histories.append(stored or [])
+        else:
+            raise RequestError("neither `user_id` nor `history`: send at least one")
+        return _Plan([self._engine.history(history) for history in histories], count, unknown_users)
+
+    def _count(self, values: NDArray[np.int32] | None) -> int:
+        if values is None:
+            return 1
+        found = sorted({int(value) for value in values.ravel()})
+        width = self._engine.manifest.width
+        if len(found) != 1:
+            raise RequestError(f"count differs within one request ({found}); send one request for each")
+        if not 1 <= found[0] <= width:
+            raise RequestError(f"count = {found[0]}: from 1 to {width}, the beam width of this version")
+        return found[0]
+
+    def _answer(self, beams: Sequence[tuple[NDArray[np.int64], NDArray[np.float32]]], count: int) -> Answer:
+        sessions = [self._engine.sessions(leaves, scores, count) for leaves, scores in beams]
+        manifest = self._engine.manifest
+        rows = len(sessions)
+        watermark = NO_WATERMARK if manifest.watermark is None else manifest.watermark
+        return Answer(
+            items=np.stack([session.items for session in sessions]),
+            scores=np.stack([session.scores for session in sessions]),
+            rewards=np.full((rows, count, len(REWARD_NAMES)), np.nan, dtype=np.float32),
+            model_version=np.full((rows, 1), manifest.version, dtype=np.int64),
+            watermark=np.full((rows, 1), watermark, dtype=np.int64),
+        )
+
+
+def _texts(values: NDArray[np.object_], name: str) -> list[str]:
+    """UTF-8 texts of a BYTES tensor; RequestError for an empty one or one that is not UTF-8."""
+    texts = []
+    for place, value in enumerate(values.ravel()):
+        try:
+            text = value.decode() if isinstance(value, bytes) else str(value)
+        except UnicodeDecodeError:
+            raise RequestError(f"{name}[{place}] is not UTF-8: {value!r}") from None
+        if not text:
+            raise RequestError(f"{name}[{place}] is empty; an id has at least one character")
+        texts.append(text)
+    return texts
+
+
+def _check_select(values: NDArray[np.object_] | None) -> None:
+    if values is None:
+        return
+    for choice in _texts(values, "select"):
+        if choice == "reward":
+            raise RequestError("select = 'reward': this version was published without a reward model; use 'likelihood'")
+        if choice != "likelihood":
+            raise RequestError(f"select = {choice!r}: one of 'likelihood', 'reward'")
