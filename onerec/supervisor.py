@@ -32,8 +32,8 @@ class Job(msgspec.Struct, frozen=True, kw_only=True):
     """One command to keep going.
 
     `once` is restarted until it succeeds, `service` whenever it ends, `periodic` runs every `every_s` seconds, never
-    twice at a time. None starts before `ready()` says so. Exit status 2 means that the request itself is wrong, which no
-    restart mends: it ends the whole run unless `retry_user_errors`.
+    twice at a time. None starts before `ready()` says so. Exit status 2 means that the request itself is wrong, which
+    no restart mends: it ends the whole run unless `retry_user_errors`.
     """
 
     name: str
