@@ -27,14 +27,14 @@ STAGING_PREFIX = ".writing-"
 
 
 class Cursor(msgspec.Struct, frozen=True, kw_only=True, order=True):
-    """A place in the session log: all windows of the sessions before `sequence`, and `window` of its own, are taken.
+    """A place in the session log: everything up to and including the session of commit number `sequence` is learnt.
 
-    `round` counts the passes over the backlog (`train.backlog_passes`); 0 in a run that trains each session once.
+    A batch never splits a session, so no place within one is needed. `round` counts the passes over the backlog
+    (`train.backlog_passes`); it stays 0 in a run that trains each session once.
     """
 
     round: int = 0
     sequence: int = 0
-    window: int = 0
 
 
 class Checkpoint(msgspec.Struct, frozen=True, kw_only=True):

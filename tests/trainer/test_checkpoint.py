@@ -31,7 +31,7 @@ from trainer.config import ModelConfig
 
 def record(step: int, score: float | None = None) -> Checkpoint:
     return Checkpoint(
-        step=step, cursor=Cursor(sequence=7, window=2), watermark=None, codebook_version="abc", items=3,
+        step=step, cursor=Cursor(sequence=7), watermark=None, codebook_version="abc", items=3,
         model_config=ModelConfig(d_model=8, heads=2), session_items=5, metrics_bytes=12, score=score,
         counters={"sessions": 7}, created_ms=0,
     )

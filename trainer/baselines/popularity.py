@@ -1,0 +1,50 @@
+"""Most watched first."""
+
+from __future__ import annotations
+
+import heapq
+from collections.abc import Sequence
+
+
+class Popularity:
+    """Counts of the target items learnt so far, all alike (`half_life` None) or fading with the windows that pass.
+
+    half_life: after that many observed windows a count weighs half. Items are catalogue rows; ties go to the lower row.
+    """
+
+    def __init__(self, half_life: int | None = None) -> None:
+        self.growth = 1.0 if half_life is None else 0.5 ** (-1.0 / half_life)
+        self._unit = 1.0
+        self._counts: dict[int, float] = {}
+        self._ranked: list[int] | None = None
+
+    def observe(self, targets: Sequence[int]) -> None:
+        """Learn one window's items."""
+        for row in targets:
+            self._counts[row] = self._counts.get(row, 0.0) + self._unit
+        self._ranked = None
+        # Newer counts grow instead of older ones shrinking: same order, one update a window.
+        self._unit *= self.growth
+        if self._unit > 1e100:
+            self._counts = {row: count / self._unit for row, count in self._counts.items()}
+            self._unit = 1.0
+
+    def rank(self, k: int) -> list[int]:
+        """The `k` best rows, best first; fewer where fewer have been seen."""
+        if self._ranked is None or len(self._ranked) < min(k, len(self._counts)):
+            self._ranked = heapq.nsmallest(k, self._counts, key=lambda row: (-self._counts[row], row))
+        return self._ranked[:k]
+
+    def count(self, row: int) -> float:
+        """Weight of a row, 0 for one never seen."""
+        return self._counts.get(row, 0.0)
+
+    def state(self) -> list[list[float]]:
+        """[unit], rows, counts: what a checkpoint keeps."""
+        return [[self._unit], [float(row) for row in self._counts], list(self._counts.values())]
+
+    def restore(self, state: Sequence[Sequence[float]]) -> None:
+        """Take up what `state` gave."""
+        [self._unit] = state[0]
+        self._counts = {int(row): count for row, count in zip(state[1], state[2], strict=True)}
+        self._ranked = None
