@@ -20,6 +20,7 @@ class CatalogueConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_
     method: Literal["greedy", "deferred", "plain"] = "deferred"
     iterations: Positive = 20
     seed: Count = 0
+    text_model: str = "sentence-transformers/all-MiniLM-L6-v2"
 
 
 class ModelConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
