@@ -236,6 +236,9 @@ def copy_runtime(folder: Path) -> None:
     if entry is None:
         raise UserError("serving_config.recommend is not installed; install the package again: pip install .")
     shutil.copyfile(entry.parent / "model.py", folder / ENTRY_FILE)
+    # A file where Python would put bytecode of the entry: a folder made there later would change the version's time
+    # stamp, and Triton would load the version anew at the next publish.
+    (folder / "__pycache__").touch()
 
 
 def _digest(path: Path) -> FileEntry:

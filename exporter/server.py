@@ -215,8 +215,7 @@ class TritonServer:
         return f"{self._folder.name}_" if self._folder else ""
 
     def _environment(self) -> dict[str, str]:
-        # Bytecode written into a version folder changes its time stamp, and Triton would load that version anew.
-        environment = {**os.environ, "PYTHONDONTWRITEBYTECODE": "1"}
+        environment = dict(os.environ)
         if self._installation.libraries:
             known = environment.get("LD_LIBRARY_PATH", "")
             environment["LD_LIBRARY_PATH"] = os.pathsep.join([*map(str, self._installation.libraries), *filter(None, [known])])

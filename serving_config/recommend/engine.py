@@ -11,6 +11,7 @@ import onnxruntime as ort
 from numpy.typing import NDArray
 
 from exporter.bundle import GRAPH_FOLDER, Manifest, Snapshot, read_catalogue, verify_bundle
+from exporter.trie import Trie
 from onerec.errors import UserError
 from serving_config.recommend.errors import RequestError
 
@@ -39,8 +40,48 @@ class Sessions(NamedTuple):
     scores: NDArray[np.float32]
 
 
+class Graph:
+    """The ONNX graph with the trie of one catalogue, on one device.
+
+    Args:
+        path: the graph file.
+        trie: what the search may generate.
+        threads: ONNX Runtime's threads within an operator.
+        device: CUDA device id, None = CPU.
+    """
+
+    def __init__(self, path: Path, trie: Trie, *, threads: int = 2, device: int | None = None) -> None:
+        self._levels = trie.levels
+        self._session = open_session(path, threads=threads, device=device)
+        self._place = ("cuda", device) if device is not None else ("cpu", 0)
+        wanted = {graph_input.name for graph_input in self._session.get_inputs()}
+        # Put on the device once: a request moves only its history.
+        self._arrays = {
+            name: ort.OrtValue.ortvalue_from_numpy(array, *self._place)
+            for name, array in trie.arrays().items()
+            if name in wanted
+        }
+        if missing := wanted - set(self._arrays) - {"history", "history_mask"}:
+            raise UserError(f"graph {path} asks for unknown inputs {sorted(missing)}; publish again")
+
+    def search(self, histories: Sequence[NDArray[np.int64]]) -> Beams:
+        """One run of the graph over ragged histories, each int64 [T, L]."""
+        longest = max(1, *(len(history) for history in histories)) if histories else 1
+        codes = np.zeros((len(histories), longest, self._levels), dtype=np.int64)
+        mask = np.zeros((len(histories), longest), dtype=bool)
+        for row, history in enumerate(histories):
+            codes[row, : len(history)] = history
+            mask[row, : len(history)] = True
+        inputs = {
+            "history": ort.OrtValue.ortvalue_from_numpy(codes, *self._place),
+            "history_mask": ort.OrtValue.ortvalue_from_numpy(mask, *self._place),
+        }
+        leaves, scores = self._session.run_with_ort_values(["leaves", "scores"], inputs | self._arrays)
+        return Beams(leaves.numpy(), scores.numpy())
+
+
 class Engine:
-    """The graph with its trie and item map, on one device.
+    """A verified bundle: graph, trie and item map.
 
     Args:
         folder: the bundle; its hashes are recomputed, UserError where it is damaged.
@@ -55,17 +96,7 @@ class Engine:
             raise UserError(f"bundle {folder}: weights and catalogue are of different codebooks; publish again")
         self._rows = {item_id: row for row, item_id in enumerate(self.snapshot.item_ids)}
         self._ids = np.array([item_id.encode() for item_id in self.snapshot.item_ids], dtype=object)
-        self._session = open_session(folder / GRAPH_FOLDER / GRAPH_FILE, threads=threads, device=device)
-        self._place = ("cuda", device) if device is not None else ("cpu", 0)
-        wanted = {graph_input.name for graph_input in self._session.get_inputs()}
-        # Put on the device once: a request moves only its history.
-        self._arrays = {
-            name: ort.OrtValue.ortvalue_from_numpy(array, *self._place)
-            for name, array in self.snapshot.trie.arrays().items()
-            if name in wanted
-        }
-        if missing := wanted - set(self._arrays) - {"history", "history_mask"}:
-            raise UserError(f"bundle {folder}: the graph asks for unknown inputs {sorted(missing)}; publish again")
+        self._graph = Graph(folder / GRAPH_FOLDER / GRAPH_FILE, self.snapshot.trie, threads=threads, device=device)
 
     def history(self, item_ids: Iterable[str]) -> History:
         """The newest `history_length` known items as codes; unknown ids are skipped and counted."""
@@ -76,19 +107,7 @@ class Engine:
 
     def search(self, histories: Sequence[NDArray[np.int64]]) -> Beams:
         """One run of the graph over ragged histories, each int64 [T, L]."""
-        longest = max(1, *(len(history) for history in histories)) if histories else 1
-        levels = self.snapshot.trie.levels
-        codes = np.zeros((len(histories), longest, levels), dtype=np.int64)
-        mask = np.zeros((len(histories), longest), dtype=bool)
-        for row, history in enumerate(histories):
-            codes[row, : len(history)] = history
-            mask[row, : len(history)] = True
-        inputs = {
-            "history": ort.OrtValue.ortvalue_from_numpy(codes, *self._place),
-            "history_mask": ort.OrtValue.ortvalue_from_numpy(mask, *self._place),
-        }
-        leaves, scores = self._session.run_with_ort_values(["leaves", "scores"], inputs | self._arrays)
-        return Beams(leaves.numpy(), scores.numpy())
+        return self._graph.search(histories)
 
     def sessions(self, leaves: NDArray[np.int64], scores: NDArray[np.float32], count: int) -> Sessions:
         """The best `count` live beams of one row, leaves [W, m], scores [W], as item ids.

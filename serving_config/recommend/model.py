@@ -6,7 +6,7 @@ from pathlib import Path
 
 # The version's own copy of the modules goes before any installed one: a version answers as it was published.
 sys.path.insert(0, str(Path(__file__).resolve().parent / "lib"))
-# Bytecode beside the modules would change the folder's time stamp, and Triton would load the version anew.
+# Bytecode beside the modules would change time stamps, and Triton would load the version anew at the next publish.
 sys.dont_write_bytecode = True
 
 import triton_python_backend_utils as pb_utils  # noqa: E402
