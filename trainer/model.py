@@ -1,4 +1,4 @@
-"""OneRec: a T5-style encoder over the history and a sparse decoder that writes a session of items (paper §3.2, eq. 1-4).
+"""OneRec: a T5-style encoder over the history and a sparse decoder that writes a session (paper §3.2, eq. 1-4).
 
 Shapes: B users, T history items, L levels, K codes a level, m target items, S memory positions (1 + T or 1 + T·L),
 P cached and Q new decoder positions, H heads, dh width of a head, d width of the model.
@@ -86,7 +86,7 @@ class PositionBias(nn.Module):
 
 
 def attend(query: Tensor, key: Tensor, value: Tensor, bias: Tensor) -> Tensor:
-    """softmax(q kᵀ / √dh + bias) v; `bias` broadcasts to `[rows, H, Q, S]` and holds -inf-like values where forbidden."""
+    """softmax(q kᵀ / √dh + bias) v; `bias` broadcasts to `[rows, H, Q, S]` and is hugely negative where forbidden."""
     scores = torch.matmul(query, key.transpose(-1, -2)) * query.shape[-1] ** -0.5 + bias
     return torch.matmul(torch.softmax(scores.float(), dim=-1).to(value.dtype), value)
 
