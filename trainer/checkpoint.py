@@ -56,7 +56,6 @@ class Checkpoint(msgspec.Struct, frozen=True, kw_only=True):
     counters: dict[str, int]
     created_ms: int
     optimizer: Any = None
-    baselines: Any = None
     files: dict[str, str] = {}
     format: int = FORMAT
     path: Path = Path()

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import heapq
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+
+import numpy as np
 
 from trainer.baselines.popularity import Popularity
 
-FOLLOWERS = 128
+FOLLOWERS = 64
 
 
 class CoVisitation:
@@ -38,21 +40,17 @@ class CoVisitation:
         ranked = heapq.nsmallest(k, followers, key=lambda row: (-followers[row], -weight(row), row))
         return (ranked + [row for row in order if row not in followers])[:k]
 
-    def state(self) -> list[list[list[float]]]:
-        """What a checkpoint keeps: popularity, then [item], followers, counts of each item."""
-        flat: list[list[float]] = []
-        for row, followers in self._followers.items():
-            flat += [[row], list(followers), list(followers.values())]
-        return [self.popularity.state(), flat]
+    def state(self) -> dict[str, np.ndarray]:
+        """What a checkpoint keeps: popularity's state, and `pairs` [p, 3] of item, follower, count."""
+        pairs = [(row, after, n) for row, followers in self._followers.items() for after, n in followers.items()]
+        return {**self.popularity.state(), "pairs": np.array(pairs, np.int64).reshape(-1, 3)}
 
-    def restore(self, state: Sequence[Sequence[Sequence[float]]]) -> None:
+    def restore(self, state: Mapping[str, np.ndarray]) -> None:
         """Take up what `state` gave."""
-        self.popularity.restore(state[0])
-        flat = state[1]
-        self._followers = {
-            int(flat[i][0]): {int(row): int(n) for row, n in zip(flat[i + 1], flat[i + 2], strict=True)}
-            for i in range(0, len(flat), 3)
-        }
+        self.popularity.restore(state)
+        self._followers = {}
+        for row, after, count in state["pairs"].tolist():
+            self._followers.setdefault(row, {})[after] = count
 
     def _count(self, before: int, after: int) -> None:
         followers = self._followers.setdefault(before, {})

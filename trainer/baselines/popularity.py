@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import heapq
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+
+import numpy as np
 
 
 class Popularity:
@@ -39,12 +41,14 @@ class Popularity:
         """Weight of a row, 0 for one never seen."""
         return self._counts.get(row, 0.0)
 
-    def state(self) -> list[list[float]]:
-        """[unit], rows, counts: what a checkpoint keeps."""
-        return [[self._unit], [float(row) for row in self._counts], list(self._counts.values())]
+    def state(self) -> dict[str, np.ndarray]:
+        """What a checkpoint keeps: `unit` [1], `rows` [n], `counts` [n]."""
+        rows = np.fromiter(self._counts, np.int64, len(self._counts))
+        counts = np.fromiter(self._counts.values(), np.float64, len(self._counts))
+        return {"unit": np.array([self._unit]), "rows": rows, "counts": counts}
 
-    def restore(self, state: Sequence[Sequence[float]]) -> None:
+    def restore(self, state: Mapping[str, np.ndarray]) -> None:
         """Take up what `state` gave."""
-        [self._unit] = state[0]
-        self._counts = {int(row): count for row, count in zip(state[1], state[2], strict=True)}
+        self._unit = float(state["unit"][0])
+        self._counts = dict(zip(state["rows"].tolist(), state["counts"].tolist(), strict=True))
         self._ranked = None
