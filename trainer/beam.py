@@ -108,8 +108,7 @@ def first_item(
     hidden, cache = model.decode(bos, positions, None, memory.cross_kv, memory.mask)
     # One beam a user: zeros made from `hidden`, so that the exporter sees where their batch size comes from.
     scores = hidden[:, :, 0].float() * 0.0
-    nothing = history.new_zeros((users, 1, 0))
-    return _write(model, trie, State(scores, nothing, history[:, :1, 0], cache), hidden, memory, width), memory
+    return _write(model, trie, scores, None, cache, hidden, memory, width), memory
 
 
 def next_item(model: OneRec, trie: TrieTensors | None, state: State, memory: Memory) -> State:
@@ -121,7 +120,7 @@ def next_item(model: OneRec, trie: TrieTensors | None, state: State, memory: Mem
     positions = torch.arange(past, past + 2, device=block.device)
     hidden, cache = model.decode(block, positions, state.cache, memory.cross_kv, memory.mask)
     hidden = hidden[:, 1].view(users, width, -1)
-    return _write(model, trie, state._replace(cache=cache), hidden, memory, width)
+    return _write(model, trie, state.scores, state.written, cache, hidden, memory, width)
 
 
 def finish(state: State) -> Beams:
@@ -131,66 +130,99 @@ def finish(state: State) -> Beams:
 
 
 def _write(
-    model: OneRec, trie: TrieTensors | None, state: State, hidden: Tensor, memory: Memory, width: int
+    model: OneRec,
+    trie: TrieTensors | None,
+    scores: Tensor,
+    taken: Tensor | None,
+    cache: list[KeyValue],
+    hidden: Tensor,
+    memory: Memory,
+    width: int,
 ) -> State:
-    """Write one item, L codes: `hidden` [B, W0, d] is the decoder's output after BOS."""
-    scores, written, token, cache = state
-    users, levels = scores.shape[0], model.config.levels
-    taken = written  # leaves of the items before, which this item must not use up
-    node = token  # the trie's node of each beam; none is needed at level 0
+    """Write one item, L codes, behind BOS, from which the decoder made `hidden` [B, W0, d].
+
+    scores [B, W0]; taken: what is written so far (`State.written`), None at the first item.
+    """
+    levels = model.config.levels
+    node = token = hidden  # placeholders: nothing reads them before level 0 sets them
+    codes: list[Tensor] = []
     for level in range(levels):
         if level > 0:
             past = cache[0][0].shape[2]
-            fed = model.embed_code(level - 1, token).view(users * width, 1, -1)
+            fed = model.embed_code(level - 1, token).flatten(0, 1).unsqueeze(1)
             positions = torch.arange(past, past + 1, device=fed.device)
             hidden, cache = model.decode(fed, positions, cache, memory.cross_kv, memory.mask)
-            hidden = hidden.view(users, width, -1)
-        log_p = torch.log_softmax(model.head(level, hidden).float(), dim=-1)
-        before = scores.shape[1]
-        if trie is None:
-            nodes, tokens, legal = None, None, None
-        elif level == 0:
-            nodes, tokens, legal = None, None, trie["capacity0"] > 0
-        else:
-            nodes, tokens, legal = _children(trie, level, node)
-            log_p = log_p.gather(2, tokens)
-        totals = scores.unsqueeze(-1) + log_p
-        if legal is not None:
-            totals = torch.where(legal, totals, SENTINEL)
-        if trie is not None and taken.shape[2] > 0:
-            totals = _without_spent(trie, level, levels, totals, node, taken)
-        candidates = totals.shape[2]
-        totals = totals.flatten(1)
-        if before == 1 and candidates < width:
-            totals = F.pad(totals, (0, width - candidates), value=SENTINEL)
-        scores, best = top(totals, width)
-        scores = scores.clamp(min=SENTINEL)
-        if before == 1:  # candidates beyond the vocabulary are padding, dead
-            parent, slot = torch.zeros_like(best), best.clamp(max=candidates - 1)
-        else:
-            parent, slot = best // candidates, best % candidates
+            hidden = hidden.unflatten(0, (-1, width)).squeeze(2)
+        totals = scores.unsqueeze(-1) + torch.log_softmax(model.head(level, hidden).float(), dim=-1)
+        children = None
+        if trie is not None:
+            if level > 0:
+                children = _children(trie, level, node)
+                totals = torch.where(children.real, totals.gather(2, children.codes), SENTINEL)
+            else:
+                totals = torch.where(trie["capacity0"] > 0, totals, SENTINEL)
+            if taken is not None:
+                totals = _without_spent(trie, level, levels, totals, node, taken)
+        before, candidates = totals.shape[1:]
+        scores, parent, slot = _step(totals, width)
         cache = _reorder(cache, parent, before)
-        written, taken = _of_parent(written, parent), _of_parent(taken, parent)
-        if nodes is None or tokens is None:
+        taken = None if taken is None else _of_parent(taken, parent)
+        codes = [code.gather(1, parent) for code in codes]
+        if children is None:
             node = token = slot
         else:
-            node, token = _pick(nodes, parent, slot), _pick(tokens, parent, slot)
-        if trie is None:
-            written = torch.cat((written, token.unsqueeze(-1)), dim=2)
-    if trie is not None:
-        leaf = trie["leaf0"][node].long() if levels == 1 else node
-        written = torch.cat((written, leaf.unsqueeze(-1)), dim=2)
-    return State(scores, written, token, cache)
+            place = parent * candidates + slot
+            node, token = (part.flatten(1).gather(1, place) for part in (children.nodes, children.codes))
+        codes.append(token)
+    if trie is None:
+        item = torch.stack(codes, dim=2)
+    else:
+        item = (_at(trie["leaf0"], node) if levels == 1 else node).unsqueeze(-1)
+    return State(scores, item if taken is None else torch.cat((taken, item), dim=2), token, cache)
 
 
-def _children(trie: TrieTensors, level: int, node: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Children [B, W, C] of each beam's `node` [B, W] of the level above: nodes, codes, and which of the C are real."""
-    pointers = trie[f"pointers{level}"].long()
-    start, end = pointers[node].unsqueeze(-1), pointers[node + 1].unsqueeze(-1)
+def _step(totals: Tensor, width: int) -> tuple[Tensor, Tensor, Tensor]:
+    """The `width` best of `totals` [B, W0, C]: scores, and which beam and candidate each comes from, all [B, W]."""
+    before, candidates = totals.shape[1:]
+    totals = totals.flatten(1)
+    if before > 1:
+        scores, best = top(totals, width)
+        parent = best // candidates
+        slot = best - parent * candidates  # the exporter has no remainder by a size known only at run time
+    else:
+        if candidates < width:
+            totals = F.pad(totals, (0, width - candidates), value=SENTINEL)
+        scores, best = top(totals, width)
+        parent, slot = torch.zeros_like(best), best.clamp(max=candidates - 1)
+    return scores.clamp(min=SENTINEL), parent, slot
+
+
+class _Children(NamedTuple):
+    """Children of each beam's node, int64 [B, W, C]; `real` is False where a node has fewer than C."""
+
+    nodes: Tensor
+    codes: Tensor
+    real: Tensor
+
+
+def _children(trie: TrieTensors, level: int, node: Tensor) -> _Children:
+    """The children at `level` of each beam's `node` [B, W] of the level above."""
+    start, end = _span(trie, level, node)
     child = start + trie[f"slots{level}"].long()
     real = child < end
     child = torch.minimum(child, (end - 1).clamp(min=0))
-    return child, trie[f"tokens{level}"][child].long(), real
+    return _Children(child, _at(trie[f"tokens{level}"], child), real)
+
+
+def _span(trie: TrieTensors, level: int, node: Tensor) -> tuple[Tensor, Tensor]:
+    """First child and one past the last child [B, W, 1] of each beam's `node` [B, W] of the level above."""
+    pointers = trie[f"pointers{level}"]
+    return _at(pointers, node).unsqueeze(-1), _at(pointers, node + 1).unsqueeze(-1)
+
+
+def _at(table: Tensor, index: Tensor) -> Tensor:
+    """`table[index]` as int64 in the shape of `index`; index_select is a plain Gather in ONNX, indexing is not."""
+    return table.index_select(0, index.flatten()).view(index.shape).long()
 
 
 def _without_spent(
@@ -202,12 +234,11 @@ def _without_spent(
     """
     used = taken.clamp(min=0)
     if level < levels - 1 or level == 0:
-        used = trie[f"ancestor{level}"][used].long()
+        used = _at(trie[f"ancestor{level}"], used)
     uses = (used.unsqueeze(-1) == used.unsqueeze(-2)).sum(-1)
-    spent = uses >= trie[f"capacity{level}"][used]
+    spent = uses >= _at(trie[f"capacity{level}"], used)
     if level > 0:
-        pointers = trie[f"pointers{level}"].long()
-        start, end = pointers[node].unsqueeze(-1), pointers[node + 1].unsqueeze(-1)
+        start, end = _span(trie, level, node)
         spent = spent & (used >= start) & (used < end)
         used = torch.minimum((used - start).clamp(min=0), trie[f"slots{level}"][-1].long())
     return totals.scatter_reduce(2, used, torch.where(spent, SENTINEL, -SENTINEL), "amin")
@@ -233,8 +264,3 @@ def _reorder(cache: list[KeyValue], parent: Tensor, before: int) -> list[KeyValu
 def _of_parent(values: Tensor, parent: Tensor) -> Tensor:
     """`values` [B, W0, n] of each beam's `parent` [B, W]: [B, W, n]."""
     return values.gather(1, parent.unsqueeze(-1).expand(-1, -1, values.shape[2]))
-
-
-def _pick(values: Tensor, parent: Tensor, slot: Tensor) -> Tensor:
-    """`values[b, parent, slot]` [B, W] of `values` [B, W0, C]."""
-    return values.flatten(1).gather(1, parent * values.shape[2] + slot)
