@@ -1,4 +1,4 @@
-"""Hooks for every test: with ONEREC_NO_SKIP=1 a skipped test fails the run, so that CI cannot pass by testing nothing."""
+"""Hooks for every test: with ONEREC_NO_SKIP=1 a skipped test fails the run, so that CI cannot pass on nothing."""
 
 from __future__ import annotations
 

@@ -1,0 +1,242 @@
+"""`onerec run`: the embedded online-learning system in one command; `onerec status`: how fresh what it serves is."""
+
+from __future__ import annotations
+
+import datetime
+import signal
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from types import FrameType
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from onerec.console import ConfigOption, JsonOption, RepositoryOption, RunOption, SetOption, StateOption, err, out
+from onerec.console import print_json as print_json_line
+from onerec.errors import UserError
+
+if TYPE_CHECKING:
+    from exporter.server import Ports
+    from onerec.freshness import Chain
+    from onerec.probe import Findings
+    from onerec.supervisor import Job
+
+SESSIONS_FOR_CATALOGUE = 500
+"""Sessions that must be there before semantic IDs are fitted, unless the replay ends with fewer."""
+STATUS_SECONDS = 5.0
+LOOK_SECONDS = 1.0
+
+
+def _throttled(question: Callable[[], bool], seconds: float = LOOK_SECONDS) -> Callable[[], bool]:
+    """The question, asked at most once in `seconds`; false in between."""
+    asked = [-seconds]
+
+    def look() -> bool:
+        if time.monotonic() - asked[0] < seconds:
+            return False
+        asked[0] = time.monotonic()
+        return question()
+
+    return look
+
+
+def _has_sessions(state: Path) -> bool:
+    """Whether the state holds enough sessions to fit a catalogue on."""
+    from onerec.errors import OneRecError
+    from streaming.store import Reader
+
+    try:
+        with Reader(state) as reader:
+            return reader.last_sequence() >= SESSIONS_FOR_CATALOGUE
+    except OneRecError:
+        return False
+
+
+def _utc(ms: int) -> str:
+    return datetime.datetime.fromtimestamp(ms / 1000, datetime.UTC).strftime("%Y-%m-%d %H:%M:%S")
+
+
+def _status_line(found: Findings, chain: Chain) -> str:
+    """One line: log time, step, versions, headline."""
+    from onerec.freshness import format_age
+
+    marks = found.watermarks
+    parts = [
+        f"log time {_utc(marks.event)}" if marks.event is not None else "log time: no data",
+        f"step {found.step}" if found.step is not None else "step: no data",
+        f"version {found.exported_version}" if found.exported_version is not None else "version: no data",
+        f"event → served {format_age(chain.event_to_served_ms)}",
+    ]
+    if found.served_version is not None:
+        parts.append(f"(version {found.served_version} answers)")
+    return " · ".join(parts)
+
+
+def run(
+    files: Annotated[list[Path] | None, typer.Argument(help="Event files, as for `onerec replay`.")] = None,
+    state: StateOption = Path("state"),
+    run_dir: RunOption = Path("run"),
+    repository: RepositoryOption = Path("repository"),
+    simulate: Annotated[bool, typer.Option("--simulate", help="Replay a simulated world, made in RUN/world.")] = False,
+    items: Annotated[Path | None, typer.Option(help="Catalogue entries, as for `onerec replay`.")] = None,
+    format_: Annotated[str, typer.Option("--format", help="auto, jsonl, csv, parquet or kuairand.")] = "auto",
+    speed: Annotated[float | None, typer.Option(help="Seconds of log a second; default: as fast as it goes.",
+                                                show_default=False)] = None,
+    publish_every: Annotated[float, typer.Option(help="Seconds between publishes.")] = 30.0,
+    duration: Annotated[float | None, typer.Option(help="Stop after so many seconds; default: run until stopped.",
+                                                   show_default=False)] = None,
+    preset: Annotated[str, typer.Option(help="Model size, as for `onerec train`.")] = "tiny",
+    http_port: Annotated[int, typer.Option(help="Triton's HTTP port; 0 takes a free one.")] = 8000,
+    grpc_port: Annotated[int, typer.Option(help="Triton's gRPC port; 0 takes a free one.")] = 8001,
+    metrics_port: Annotated[int, typer.Option(help="Triton's metrics port; 0 takes a free one.")] = 8002,
+    config: ConfigOption = None,
+    settings: SetOption = None,
+) -> None:
+    """Replay, learn, publish and serve at once, until Ctrl-C.
+
+    Each part is a child process, a normal `onerec` command whose output is in RUN/logs. One that dies is restarted and
+    that is said; at the end all are stopped, and the same command goes on from where they were.
+
+    Example: `onerec run --simulate --speed 3600 --state state --run run --repository repository`
+    """
+    from exporter.server import Ports, choose_ports
+    from onerec.config import load_config
+    from onerec.freshness import chain
+    from onerec.probe import probe
+    from onerec.supervisor import Supervisor
+
+    if simulate == bool(files):
+        raise UserError("run: name event files, or give --simulate, one of the two")
+    if publish_every <= 0 or (duration is not None and duration <= 0) or (speed is not None and speed <= 0):
+        raise UserError("run: --publish-every, --duration and --speed must be greater than 0")
+    load_config(config, settings)
+    ports = choose_ports(Ports(http=http_port, grpc=grpc_port, metrics=metrics_port))
+    for folder in (run_dir, repository):
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UserError(f"{folder}: {error.strerror}; name a folder that can be written") from None
+
+    shared = [*(["--config", str(config)] if config else []),
+              *(part for setting in settings or [] for part in ("--set", setting))]
+    replay = [*(["--speed", str(speed)] if speed else []), "--format", format_]
+    supervisor: Supervisor
+    jobs = _jobs(
+        files=files or [], state=state, run_dir=run_dir, repository=repository, items=items, simulate=simulate,
+        replay_options=replay, shared=shared, preset=preset, ports=ports, publish_every=publish_every,
+        done=lambda name: supervisor.done(name),
+    )
+    began = time.monotonic()
+
+    def say(line: str) -> None:
+        err.print(f"{time.strftime('%H:%M:%S')} {line}", highlight=False, markup=False)
+
+    stopped: list[int] = []
+
+    def ask_to_stop(number: int, _frame: FrameType | None) -> None:
+        stopped.append(number)
+
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, ask_to_stop)
+    say(f"gRPC {ports.host}:{ports.grpc}, HTTP {ports.host}:{ports.http}, logs in {run_dir / 'logs'}; Ctrl-C stops")
+    next_status = began + STATUS_SECONDS
+    with Supervisor(jobs, run_dir / "logs", say=say) as supervisor:
+        while not stopped and (duration is None or time.monotonic() - began < duration):
+            supervisor.step()
+            if time.monotonic() >= next_status:
+                server = f"{ports.host}:{ports.grpc}" if "serve" in supervisor.pids() else None
+                found = probe(state, run_dir, repository, server)
+                say(_status_line(found, chain(found.watermarks, int(time.time() * 1000))))
+                next_status = time.monotonic() + STATUS_SECONDS
+            time.sleep(0.1)
+        say("stopping")
+    say("stopped; the same command goes on from here")
+
+
+def _jobs(*, files: list[Path], state: Path, run_dir: Path, repository: Path, items: Path | None, simulate: bool,
+          replay_options: list[str], shared: list[str], preset: str, ports: Ports, publish_every: float,
+          done: Callable[[str], bool]) -> list[Job]:
+    """The children of `onerec run`, each with what it waits for."""
+    from onerec.probe import trained_mark
+    from onerec.supervisor import Job
+
+    def command(*parts: str | Path) -> tuple[str, ...]:
+        return (sys.executable, "-m", "onerec.cli", *map(str, parts))
+
+    jobs: list[Job] = []
+    if simulate:
+        world = run_dir / "world"
+        world.mkdir(exist_ok=True)
+        files, items = [world / "events.jsonl.gz"], world / "events.items.jsonl.gz"
+        if not files[0].exists():
+            jobs.append(Job(name="simulate", kind="once", command=command("simulate", "--out", files[0])))
+    inputs: list[str | Path] = [*files, *(["--items", items] if items else [])]
+    catalogue = state / "catalogue"
+    served = f"{ports.host}:{ports.grpc}"
+    jobs += [
+        Job(name="replay", kind="once", ready=lambda: files[0].exists() or not simulate,
+            command=command("replay", *inputs, "--state", state, *replay_options, *shared)),
+        Job(name="items", kind="once", retry_user_errors=True,
+            ready=_throttled(lambda: catalogue.is_dir() or done("replay") or _has_sessions(state)),
+            command=command("items", "--state", state, *shared)),
+        Job(name="train", ready=lambda: done("items"),
+            command=command("train", "--state", state, "--run", run_dir, "--follow", "--preset", preset, *shared)),
+        Job(name="first-publish", kind="once", retry_user_errors=True,
+            ready=_throttled(lambda: trained_mark(run_dir).number is not None),
+            command=command("publish", "--run", run_dir, "--repository", repository, *shared)),
+        Job(name="serve", ready=lambda: done("first-publish"),
+            command=command("serve", "--repository", repository, "--state", state, "--http-port", str(ports.http),
+                            "--grpc-port", str(ports.grpc), "--metrics-port", str(ports.metrics), *shared)),
+        Job(name="publish", kind="periodic", every_s=publish_every, retry_user_errors=True,
+            ready=lambda: done("first-publish"),
+            command=command("publish", "--run", run_dir, "--repository", repository, "--server", served, *shared)),
+    ]
+    return jobs
+
+
+def status(
+    state: StateOption = Path("state"),
+    run_dir: RunOption = Path("run"),
+    repository: RepositoryOption = Path("repository"),
+    server: Annotated[str, typer.Option(help="Triton's gRPC address.")] = "127.0.0.1:8001",
+    json: JsonOption = False,
+) -> None:
+    """How old the knowledge is that users are served from, stage by stage.
+
+    Ages are against log time (the newest event), and so mean the same in a replay; the last column is against the wall
+    clock. *event → served* is what Triton answers, not what was pushed. A part that cannot be asked has "no data".
+
+    Example: `onerec status --state .demo/state --run .demo/run --repository .demo/repository`
+    """
+    from rich.table import Table
+
+    from onerec.freshness import MEANING, chain, format_age, to_json
+    from onerec.probe import probe
+
+    found = probe(state, run_dir, repository, server)
+    ages = chain(found.watermarks, int(time.time() * 1000))
+    for fault in found.faults:
+        err.print(f"onerec: {fault}", style="yellow", markup=False, highlight=False)
+    if json:
+        print_json_line(to_json(ages))
+        return
+    table = Table(box=None, pad_edge=False)
+    for name in ("stage", "event time (UTC)", "age in log time", "age now", ""):
+        table.add_column(name, justify="right" if name.startswith("age") else "left")
+    numbers = {"trained": ("step", found.step), "exported": ("version", found.exported_version),
+               "served": ("version", found.served_version)}
+    for stage in ages.stages:
+        noun, number = numbers.get(stage.name, ("", None))
+        note = MEANING[stage.name] + (f" ({noun} {number})" if number is not None else "")
+        when = _utc(stage.watermark_ms) if stage.watermark_ms is not None else "no data"
+        table.add_row(stage.name, when, format_age(stage.age_ms), format_age(stage.wall_age_ms), note)
+    out.print(table)
+    out.print(f"event → served: {format_age(ages.event_to_served_ms)}", style="bold", highlight=False)
+
+
+def register(app: typer.Typer) -> None:
+    """Add `run` and `status`."""
+    app.command()(run)
+    app.command()(status)
