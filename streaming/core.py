@@ -1,0 +1,499 @@
+"""The pure heart of the stream: records in, changes out (SEMANTICS.md §1-6). No file, no Kafka, no RocksDB in here.
+
+A session becomes final when the watermark passes its end by more than the gap. Instead of looking at every user after every
+event, a user's due sessions are written (1) before the user's next event is applied, with the watermark before it, and (2) at
+the end of the batch, through a heap of due times. Nothing else can change what a user's session holds, so this gives the same
+sessions as event by event; and since ends below a watermark all come before ends above it, sorting a batch by (`end`, id) gives
+the same commit order at any batch size.
+"""
+
+from __future__ import annotations
+
+import heapq
+import time
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any, Final
+
+import msgspec
+
+from streaming.events import (
+    DISLIKE,
+    ITEM,
+    KINDS,
+    MAX_DEPTH,
+    MAX_DURATION_MS,
+    MAX_LINE_BYTES,
+    MIN_TS,
+    WATCH,
+    Line,
+    Rejected,
+    Row,
+    decode,
+    fast_decode,
+)
+from streaming.items import ItemRecord
+from streaming.semantics import Semantics
+from streaming.sessions import OpenSession, Session, build, owner, split, watch_order
+from streaming.state import (
+    ALIVE,
+    EFFECTIVE,
+    KNOWN,
+    LATE,
+    NEVER,
+    OPEN,
+    PENDING,
+    POSITIVE,
+    RECENT,
+    Base,
+    Event,
+    decode_base,
+    decode_live,
+    encode_base,
+    encode_live,
+    is_seen,
+    merge_positives,
+)
+
+NO_TIME: Final = -(1 << 62)
+FOREVER: Final = 1 << 62
+PURGE_AT: Final = 48
+FLUSH_SESSIONS: Final = 20_000
+
+Loader = Callable[[str], tuple[bytes | None, bytes | None] | None]
+
+
+class Counters(msgspec.Struct):
+    """Counts over the whole log (§9); `events` are valid ones, duplicates and late ones included."""
+
+    events: int = 0
+    duplicates: int = 0
+    late: int = 0
+    dead_letters: int = 0
+    users: int = 0
+    sessions: int = 0
+    high_quality: int = 0
+
+
+class DeadLetter(msgspec.Struct, frozen=True, array_like=True):
+    """A refused line: where it stood in its source, its bytes, and the code of the reason."""
+
+    position: Any
+    raw: bytes
+    reason: str
+
+    def __iter__(self) -> Iterator[Any]:
+        """Unpacks as (position, raw, reason)."""
+        return iter((self.position, self.raw, self.reason))
+
+
+class Changes(msgspec.Struct):
+    """What a batch changed: values per user, sessions in commit order, refusals, catalogue entries in order of arrival.
+
+    A user's value is (live, base): live None means that no live event is left, base None that the base is as before.
+    """
+
+    users: dict[str, tuple[bytes | None, bytes | None]]
+    sessions: list[Session]
+    dead_letters: list[DeadLetter]
+    items: list[ItemRecord]
+
+
+class User:
+    """One user's state in memory; `due` is at most the time whose passing makes the first open session final."""
+
+    __slots__ = ("base", "base_bytes", "base_dirty", "due", "known", "live", "open", "pending", "purge_at", "seen", "sorted")
+
+    def __init__(self) -> None:
+        self.due = NEVER
+        self.live: list[Event] = []
+        self.known: dict[tuple[Any, ...], Event] = {}
+        self.open: list[Event] = []
+        self.sorted = True
+        self.pending: list[Event] = []
+        self.purge_at = PURGE_AT
+        self.base_bytes: bytes | None = None
+        self.base: Base | None = None
+        self.base_dirty = False
+        self.seen = False
+
+    def compacted(self) -> Base:
+        """The compacted history, decoded when first needed."""
+        if self.base is None:
+            self.base = decode_base(self.base_bytes) if self.base_bytes else Base([], [])
+        return self.base
+
+
+def _identity(event: Event) -> tuple[Any, ...]:
+    if event.event_id is None:
+        return event.kind, event.item_id, event.ts
+    return event.kind, event.event_id
+
+
+class Core:
+    """The stateful rules of one stream (one partition).
+
+    `load(user_id)` gives the stored (live, base) bytes of a user, None for one never seen. `due` are (due time, user id) of
+    stored users with open sessions. `max_users` bounds the users kept decoded in memory between batches.
+    """
+
+    def __init__(
+        self,
+        semantics: Semantics,
+        load: Loader | None = None,
+        *,
+        counters: Counters | None = None,
+        watermark: int | None = None,
+        dimension: int | None = None,
+        due: Iterable[tuple[int, str]] = (),
+        max_users: int = 32_768,
+    ) -> None:
+        self.semantics = semantics
+        self.counters = counters or Counters()
+        self.dimension = dimension
+        self._load = load or (lambda user_id: None)
+        self._wm = NO_TIME if watermark is None else watermark
+        self._users: dict[str, User] = {}
+        self._touched: dict[str, User] = {}
+        self._due: list[tuple[int, str]] = list(due)
+        heapq.heapify(self._due)
+        self._max_users = max_users
+        self._final: list[Session] = []
+
+    @property
+    def watermark(self) -> int | None:
+        """Newest event time minus the out-of-orderness, ms; None before the first valid event (§3)."""
+        return None if self._wm == NO_TIME else self._wm
+
+    def history(self, user_id: str) -> list[str] | None:
+        """H(∞) of a user, oldest first; None for a user never seen (§4)."""
+        user = self._find(user_id)
+        if user is None or not user.seen:
+            return None
+        positives = [(e.ts, e.item_id) for e in user.live if e.flags & RECENT]
+        n = self.semantics.history.length
+        return merge_positives(user.compacted(), positives, n).items[-n:]
+
+    def seed(self, user_id: str, positives: list[tuple[int, str]]) -> None:
+        """Puts (pseudo-time, item id) into a history before any event of the user (§8); no event is counted."""
+        user = self._find(user_id)
+        if user is None:
+            user = self._users[user_id] = User()
+        user.base = merge_positives(user.compacted(), positives, self.semantics.history.length)
+        user.base_dirty = True
+        self._touched[user_id] = user
+
+    def seeded(self) -> Changes:
+        """The changes made by `seed` since the last call."""
+        return self._collect([], [])
+
+    def apply(self, records: Iterable[tuple[Any, bytes | Row]], now_ms: int | None = None) -> Changes:
+        """Applies a batch in order and returns all that it changed.
+
+        `records` are (position, JSON line or Row); `now_ms` is the append time of the batch's log records (§1), by default
+        the wall clock. Never raises for bad input: it becomes a dead letter.
+        """
+        now = int(time.time() * 1000) if now_ms is None else now_ms
+        max_ts = now + self.semantics.stream.future_ms
+        ooo = self.semantics.stream.max_out_of_orderness_ms
+        kinds, find_kind = KINDS, KINDS.get
+        dead: list[DeadLetter] = []
+        items: list[ItemRecord] = []
+        event = self._event
+        count = 0
+        wm = self._wm
+        for position, raw in records:
+            if type(raw) is bytes:
+                try:
+                    if len(raw) > MAX_LINE_BYTES or raw.count(b"[") + raw.count(b"{") > MAX_DEPTH:
+                        raise ValueError
+                    if not raw.isascii():
+                        raw.decode()
+                    line = fast_decode(raw)
+                    kind = find_kind(line.type)
+                    fast = (
+                        kind is not None
+                        and kind != ITEM
+                        and MIN_TS <= line.ts <= max_ts
+                        and 0 < len(line.user_id) <= 64
+                        and 0 < len(line.item_id) <= 64
+                        and (kind != WATCH or (0 <= line.watch_ms <= MAX_DURATION_MS and 0 <= line.duration_ms <= MAX_DURATION_MS))
+                        and (line.event_id is None or 0 < len(line.event_id) <= 64)
+                        and (line.request_id is None or 0 < len(line.request_id) <= 64)
+                    )
+                except (ValueError, RecursionError, msgspec.MsgspecError):
+                    fast = False
+                if fast:
+                    reason = event(kind, line, wm)
+                    if reason is None:
+                        count += 1
+                        if line.ts - ooo > wm:
+                            self._wm = wm = line.ts - ooo
+                    else:
+                        dead.append(DeadLetter(position, raw, reason))
+                    continue
+                if not raw.strip(b" \t\r"):
+                    continue
+                results: list[Line | ItemRecord | Rejected] = [decode(raw, max_ts)]
+                source = raw
+            else:
+                results, source = raw.events, raw.raw
+            for result in results:
+                if type(result) is Line:
+                    reason = event(kinds[result.type], result, wm)
+                    if reason is None:
+                        count += 1
+                        if result.ts - ooo > wm:
+                            self._wm = wm = result.ts - ooo
+                        continue
+                elif type(result) is ItemRecord:
+                    if result.embedding is not None:
+                        if self.dimension is None:
+                            self.dimension = len(result.embedding)
+                        elif len(result.embedding) != self.dimension:
+                            dead.append(DeadLetter(position, source, "bad_embedding"))
+                            continue
+                    items.append(result)
+                    continue
+                else:
+                    reason = result.reason
+                dead.append(DeadLetter(position, source, reason))
+        self.counters.events += count
+        self.counters.dead_letters += len(dead)
+        self._settle(self._wm)
+        return self._collect(dead, items)
+
+    def flush(self, max_sessions: int = FLUSH_SESSIONS) -> Iterator[Changes]:
+        """Makes all open sessions final as if the watermark were infinite; it stays (§5). Commit each part before the next."""
+        while self._due:
+            limit = heapq.nsmallest(max_sessions, self._due)[-1][0] + 1
+            self._settle(limit)
+            changes = self._collect([], [])
+            if changes.users or changes.sessions:
+                yield changes
+
+    def _find(self, user_id: str) -> User | None:
+        user = self._users.get(user_id)
+        if user is None:
+            stored = self._load(user_id)
+            if stored is None:
+                return None
+            user = self._users[user_id] = User()
+            live, user.base_bytes = stored
+            user.seen = user.base_bytes is not None and is_seen(user.base_bytes)
+            if live:
+                user.due, user.live = decode_live(live)
+                for e in user.live:
+                    flags = e.flags
+                    if flags & KNOWN:
+                        user.known[_identity(e)] = e
+                    if flags & OPEN:
+                        user.open.append(e)
+                    elif flags & PENDING:
+                        user.pending.append(e)
+                user.sorted = False
+                user.purge_at = max(PURGE_AT, 2 * len(user.live))
+        return user
+
+    def _event(self, kind: int, line: Line, wm: int) -> str | None:
+        """Applies one valid event with the watermark before it; the reason if state refuses it."""
+        user_id, ts, item_id, event_id = line.user_id, line.ts, line.item_id, line.event_id
+        user = self._users.get(user_id)
+        if user is None:
+            user = self._find(user_id)
+            if user is None:
+                user = self._users[user_id] = User()
+        if user.due < wm:
+            self._finalize(user_id, user, wm)
+            self._touched[user_id] = user
+        semantics = self.semantics
+        key = (kind, item_id, ts) if event_id is None else (kind, event_id)
+        if kind == WATCH:
+            least = semantics.watch.effective_ms
+            effective = line.watch_ms >= least or 0 < line.duration_ms <= least and line.watch_ms >= line.duration_ms
+        else:
+            effective = kind != DISLIKE
+        old = user.known.get(key)
+        if old is not None and old.known_ts >= wm - semantics.stream.dedup_horizon_ms:
+            if old.item_id != item_id:
+                return "identity_conflict"
+            self._merge(user_id, user, old, line, effective, wm)
+            self.counters.duplicates += 1
+            self._touched[user_id] = user
+            return None
+        if ts < wm:
+            self.counters.late += 1
+            flags = LATE
+            if ts >= wm - semantics.stream.dedup_horizon_ms:
+                flags |= KNOWN
+        else:
+            flags = KNOWN
+            limit = semantics.stream.max_open_events
+            if len(user.open) + len(user.pending) > limit:
+                self._drop_stale(user, wm)
+                if len(user.open) + len(user.pending) > limit:
+                    return "user_overflow"
+            flags |= OPEN if kind == WATCH else PENDING
+        if effective:
+            flags |= EFFECTIVE | POSITIVE | RECENT
+        if not user.seen:
+            user.seen = user.base_dirty = True
+            self.counters.users += 1
+        if flags & ALIVE:
+            new = Event(
+                kind, item_id, ts, line.watch_ms if kind == WATCH else 0, line.duration_ms if kind == WATCH else 0,
+                event_id, line.request_id, ts, flags,
+            )
+            if flags & KNOWN:
+                if old is not None:
+                    old.flags &= ~KNOWN
+                user.known[key] = new
+            user.live.append(new)
+            if flags & OPEN:
+                opened = user.open
+                if opened and ts <= opened[-1].ts:
+                    user.sorted = False
+                opened.append(new)
+                due = ts + semantics.session.gap_ms
+                if due < user.due:
+                    user.due = due
+                    heapq.heappush(self._due, (due, user_id))
+            elif flags & PENDING:
+                user.pending.append(new)
+        self._touched[user_id] = user
+        return None
+
+    def _merge(self, user_id: str, user: User, old: Event, line: Line, effective: bool, wm: int) -> None:
+        """A repeat of a known event (§2)."""
+        late = line.ts < wm
+        if effective and not old.flags & POSITIVE:
+            old.flags |= POSITIVE | RECENT
+        if late or old.flags & LATE:
+            return
+        if line.ts > old.known_ts:
+            old.known_ts = line.ts
+        if old.kind == WATCH and not old.flags & OPEN:
+            old.ts = min(old.ts, line.ts)
+            return
+        if effective:
+            old.flags |= EFFECTIVE
+        if old.kind == WATCH:
+            old.watch_ms = max(old.watch_ms, line.watch_ms)
+            old.duration_ms = max(old.duration_ms, line.duration_ms)
+        if line.request_id is not None and (old.request_id is None or line.request_id < old.request_id):
+            old.request_id = line.request_id
+        if line.ts < old.ts:
+            old.ts = line.ts
+            if old.kind == WATCH:
+                user.sorted = False
+                due = line.ts + self.semantics.session.gap_ms
+                if due < user.due:
+                    user.due = due
+                    heapq.heappush(self._due, (due, user_id))
+
+    def _finalize(self, user_id: str, user: User, limit: int) -> None:
+        """Writes the user's sessions whose end + gap lies below `limit`, in the order (end, id)."""
+        config, n = self.semantics.session, self.semantics.history.length
+        if not user.sorted:
+            user.open.sort(key=watch_order)
+            user.sorted = True
+        sessions = split(user_id, user.open, config)
+        gap = config.gap_ms
+        due = sorted((s for s in sessions if s.end + gap < limit), key=lambda s: (s.end, s.session_id))
+        waiting = [s for s in sessions if s.end + gap >= limit]
+        recent = [(e.ts, e.item_id) for e in user.live if e.flags & RECENT] if due else []
+        unwritten: list[OpenSession] = sessions
+        for session in due:
+            mine = [e for e in user.pending if owner(e, unwritten, config.feedback_ms) is session]
+            if mine:
+                for e in mine:
+                    e.flags &= ~PENDING
+                user.pending = [e for e in user.pending if e.flags & PENDING]
+            for e in session.watches:
+                e.flags &= ~OPEN
+            start = session.start
+            before = merge_positives(user.compacted(), [p for p in recent if p[0] < start], n).items[-n:]
+            final = build(session, user_id, mine, before, recent, config)
+            self.counters.sessions += 1
+            self.counters.high_quality += final.high_quality
+            self._final.append(final)
+            unwritten = [s for s in unwritten if s is not session]
+        if due:
+            user.open = [e for e in user.open if e.flags & OPEN]
+        user.due = min((s.end + gap for s in waiting), default=NEVER)
+        if user.due != NEVER:
+            heapq.heappush(self._due, (user.due, user_id))
+        if due:
+            self._compact(user)
+
+    def _drop_stale(self, user: User, wm: int) -> None:
+        """Interactions that no open or coming session can hold any more."""
+        first = min((e.ts for e in user.open), default=FOREVER)
+        kept = []
+        for e in user.pending:
+            if e.ts < wm and e.ts < first:
+                e.flags &= ~PENDING
+            else:
+                kept.append(e)
+        user.pending = kept
+
+    def _compact(self, user: User) -> None:
+        """Moves settled positives into the base and forgets events that can change nothing."""
+        wm = self._wm
+        self._drop_stale(user, wm)
+        # Below this time no history is asked for and no event's time can change any more.
+        settled = min((e.ts for e in user.open), default=wm)
+        settled = min(settled, wm)
+        known_from = wm - self.semantics.stream.dedup_horizon_ms
+        moved: list[tuple[int, str]] = []
+        live: list[Event] = []
+        for e in user.live:
+            flags = e.flags
+            if flags & RECENT and e.ts < settled:
+                moved.append((e.ts, e.item_id))
+                flags &= ~RECENT
+            if flags & KNOWN and e.known_ts < known_from:
+                flags &= ~KNOWN
+                key = _identity(e)
+                if user.known.get(key) is e:
+                    del user.known[key]
+            e.flags = flags
+            if flags & ALIVE:
+                live.append(e)
+        user.live = live
+        user.purge_at = max(PURGE_AT, 2 * len(live))
+        if moved:
+            user.base = merge_positives(user.compacted(), moved, self.semantics.history.length)
+            user.base_dirty = True
+
+    def _settle(self, limit: int) -> None:
+        """Writes every user's sessions that are due below `limit`."""
+        heap, users = self._due, self._users
+        while heap and heap[0][0] < limit:
+            due, user_id = heapq.heappop(heap)
+            user = users.get(user_id) or self._find(user_id)
+            if user is None or user.due != due:
+                continue
+            self._finalize(user_id, user, limit)
+            self._touched[user_id] = user
+
+    def _collect(self, dead: list[DeadLetter], items: list[ItemRecord]) -> Changes:
+        """Values of all touched users, and sessions in commit order; the cache is cut to its bound."""
+        changed: dict[str, tuple[bytes | None, bytes | None]] = {}
+        users = self._users
+        for user_id, user in self._touched.items():
+            if len(user.live) > user.purge_at:
+                self._compact(user)
+            base = None
+            if user.base_dirty:
+                base = user.base_bytes = encode_base(user.seen, user.compacted())
+                user.base_dirty = False
+            user.base = None
+            changed[user_id] = (encode_live(user.due, user.live) if user.live else None, base)
+            users[user_id] = users.pop(user_id)
+        self._touched = {}
+        if len(users) > self._max_users:
+            for user_id in list(users)[: len(users) - self._max_users]:
+                del users[user_id]
+        sessions, self._final = self._final, []
+        sessions.sort(key=lambda s: (s.end, s.session_id))
+        return Changes(changed, sessions, dead, items)

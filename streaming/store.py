@@ -1,0 +1,417 @@
+"""RocksDB below the stream: one atomic commit of state, sessions, counters and source positions; readers beside a live writer.
+
+Column families (raw mode, versioned values): `users` ("b" + user id: compacted history; "l" + user id: live events), `sessions`
+(commit sequence, 8 bytes big-endian), `items` ("i" + item id: sequence and entry; "s" + sequence: item id), `meta` (format,
+settings, progress, "p" + source: position, "d" + sequence: dead letter).
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import struct
+import tempfile
+import types
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any, Final, Self
+
+import msgspec
+from rocksdict import (
+    AccessType,
+    BlockBasedOptions,
+    Cache,
+    DBCompressionType,
+    Options,
+    Rdict,
+    WriteBatch,
+)
+
+from onerec.errors import Failure, OneRecError, UserError
+from streaming.core import Changes, Core, Counters, DeadLetter
+from streaming.items import ItemRecord, decode_item, encode_item
+from streaming.semantics import Semantics
+from streaming.sessions import Session, decode_session, encode_session
+from streaming.state import NEVER, decode_due, history_of, is_seen
+
+FORMAT: Final = 1
+FAMILIES: Final = ("users", "sessions", "items", "meta")
+_SEQUENCE = struct.Struct(">Q")
+
+
+class Progress(msgspec.Struct):
+    """What the log has come to: one value, written with every batch."""
+
+    counters: Counters
+    watermark: int | None = None
+    session_sequence: int = 0
+    item_sequence: int = 0
+    dead_sequence: int = 0
+    dimension: int | None = None
+
+
+def _options(secondary: bool = False) -> Options:
+    options = Options(raw_mode=True)
+    options.create_if_missing(True)
+    options.create_missing_column_families(True)
+    options.set_max_background_jobs(2)
+    options.set_keep_log_file_num(2)
+    options.set_write_buffer_size(64 << 20)
+    options.set_max_total_wal_size(256 << 20)
+    options.set_max_open_files(-1 if secondary else 512)
+    options.set_compression_type(DBCompressionType.lz4())
+    table = BlockBasedOptions()
+    table.set_block_cache(Cache(64 << 20))
+    table.set_bloom_filter(10, False)
+    options.set_block_based_table_factory(table)
+    return options
+
+
+class _Database:
+    """Handles of the column families; `close` releases every one, without which RocksDB keeps its lock."""
+
+    def __init__(self, path: Path, access: AccessType, *, secondary: bool) -> None:
+        options = _options(secondary)
+        self.db = Rdict(str(path), options, {name: options for name in FAMILIES}, access)
+        self.users, self.sessions, self.items, self.meta = (self.db.get_column_family(name) for name in FAMILIES)
+
+    def close(self) -> None:
+        for name in FAMILIES:
+            if hasattr(self, name):
+                delattr(self, name)
+        self.db.close()
+
+
+def _database_path(state: Path) -> Path:
+    return Path(state) / "db"
+
+
+def _scan(family: Rdict, prefix: bytes, start: bytes | None = None) -> Iterator[tuple[bytes, bytes]]:
+    """Pairs whose key begins with `prefix`, from key `start` on, the prefix cut off."""
+    for key, value in family.items(from_key=start or prefix):
+        if not key.startswith(prefix):
+            return
+        yield key[len(prefix) :], value
+
+
+def _check_format(meta: Rdict, state: Path) -> None:
+    found = meta.get(b"format")
+    if found is None:
+        raise UserError(f"state {state}: {_database_path(state)} is not a state of onerec; give --state another folder")
+    if int(found) != FORMAT:
+        raise UserError(
+            f"state {state} has format {int(found)}, this version reads {FORMAT}; replay the log into a new folder"
+        )
+
+
+def _read_progress(meta: Rdict) -> Progress:
+    value = meta.get(b"progress")
+    return Progress(Counters()) if value is None else msgspec.json.decode(value, type=Progress)
+
+
+class _Shared:
+    """Reading methods that writer and secondary reader have in common."""
+
+    state: Path
+    _database: _Database
+
+    def progress(self) -> Progress:
+        """Counters, watermark and sequences as last committed."""
+        return _read_progress(self._database.meta)
+
+    def counters(self) -> Counters:
+        """Counts over the whole log (SEMANTICS.md §9)."""
+        return self.progress().counters
+
+    def watermark(self) -> int | None:
+        """Newest event time known complete, ms; None before the first valid event."""
+        return self.progress().watermark
+
+    def semantics(self) -> Semantics:
+        """The values that the state was built with."""
+        return msgspec.json.decode(self._database.meta.get(b"semantics"), type=Semantics)
+
+    def last_sequence(self) -> int:
+        """Sequence of the newest committed session, 0 if none."""
+        return self.progress().session_sequence
+
+    def sessions(self, after: int = 0) -> Iterator[tuple[int, Session]]:
+        """(sequence, session) in commit order, from the first sequence greater than `after`."""
+        for key, value in self._database.sessions.items(from_key=_SEQUENCE.pack(after + 1)):
+            yield _SEQUENCE.unpack(key)[0], decode_session(value)
+
+    def history(self, user_id: str) -> list[str] | None:
+        """H(∞), oldest first; None for a user without a valid event (§4)."""
+        name = user_id.encode()
+        base = self._database.users.get(b"b" + name)
+        if base is None or not is_seen(base):
+            return None
+        return history_of(self._database.users.get(b"l" + name), base, self._length())
+
+    def users(self) -> Iterator[tuple[str, list[str]]]:
+        """(user id, H(∞)) of every user with a valid event, in byte order of the id."""
+        n = self._length()
+        users = self._database.users
+        for name, base in _scan(users, b"b"):
+            if is_seen(base):
+                yield name.decode(), history_of(users.get(b"l" + name), base, n)
+
+    def items(self, after: int = 0) -> Iterator[tuple[int, ItemRecord]]:
+        """(sequence, entry) of the catalogue in order of arrival; an entry sent again has only its newest place."""
+        family = self._database.items
+        for key, item_id in _scan(family, b"s", b"s" + _SEQUENCE.pack(after + 1)):
+            value = family.get(b"i" + item_id)
+            if value is not None and value[:8] == key:
+                yield _SEQUENCE.unpack(key)[0], decode_item(value[8:])
+
+    def dead_letters(self, after: int = 0) -> Iterator[tuple[int, DeadLetter]]:
+        """(number, dead letter) in order of refusal."""
+        for key, value in _scan(self._database.meta, b"d", b"d" + _SEQUENCE.pack(after + 1)):
+            yield _SEQUENCE.unpack(key)[0], msgspec.msgpack.decode(value[1:], type=DeadLetter)
+
+    def _length(self) -> int:
+        if not hasattr(self, "_history_length"):
+            self._history_length = self.semantics().history.length
+        return self._history_length
+
+
+class Store(_Shared):
+    """The one writer of a state directory.
+
+    Raises UserError where the folder is foreign, of another format, built with other semantic values, or already written to
+    by another process; Failure where the disk refuses a write (nothing of that batch is then stored).
+    """
+
+    def __init__(self, state: Path | str, semantics: Semantics) -> None:
+        self.state = Path(state)
+        path = _database_path(self.state)
+        fresh = not path.exists()
+        if fresh and self.state.is_dir() and any(name not in ("db", "catalogue") for name in os.listdir(self.state)):
+            raise UserError(f"state {self.state} holds other files and no state of onerec; give --state another folder")
+        try:
+            path.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UserError(f"state {self.state}: {error.strerror}; give --state a folder that can be written") from None
+        if not fresh and any(path.iterdir()) and not (path / "CURRENT").exists():
+            raise UserError(f"state {self.state}: {path} is not a state of onerec; give --state another folder")
+        try:
+            self._database = _Database(path, AccessType.read_write(), secondary=False)
+        except Exception as error:
+            raise self._open_error(error) from None
+        try:
+            self._begin(semantics)
+        except OneRecError:
+            self._database.close()
+            raise
+        self._progress = self.progress()
+
+    def _open_error(self, error: Exception) -> OneRecError:
+        if "lock" in str(error).lower():
+            return UserError(
+                f"state {self.state} is being written by another process (replay, run or stream); "
+                "stop that one, or give --state another folder"
+            )
+        if "Column family" in str(error) or "Invalid argument" in str(error):
+            return UserError(f"state {self.state}: a database of another program; give --state another folder")
+        return Failure(f"state {self.state} cannot be opened: {error}")
+
+    def _begin(self, semantics: Semantics) -> None:
+        meta = self._database.meta
+        if meta.get(b"format") is None:
+            if next(iter(meta.keys()), None) is not None:
+                _check_format(meta, self.state)
+            batch = WriteBatch(raw_mode=True)
+            handle = self._database.db.get_column_family_handle("meta")
+            batch.put(b"format", str(FORMAT).encode(), handle)
+            batch.put(b"semantics", msgspec.json.encode(semantics), handle)
+            self._write(batch)
+            return
+        _check_format(meta, self.state)
+        stored = self.semantics()
+        if stored != semantics:
+            raise UserError(f"state {self.state} was built with other settings: {_difference(stored, semantics)}; "
+                            "use those, or replay into another folder")
+
+    def core(self, **options: Any) -> Core:
+        """The stream's core, going on from what is stored."""
+        # Through self, so that `close` can let go of the last handle and with it of the lock.
+        def load(user_id: str) -> tuple[bytes | None, bytes | None] | None:
+            users = self._database.users
+            name = user_id.encode()
+            base = users.get(b"b" + name)
+            return None if base is None else (users.get(b"l" + name), base)
+
+        due = ((decode_due(value), name.decode()) for name, value in _scan(self._database.users, b"l"))
+        return Core(
+            self.semantics(),
+            load,
+            counters=self._progress.counters,
+            watermark=self._progress.watermark,
+            dimension=self._progress.dimension,
+            due=[entry for entry in due if entry[0] != NEVER],
+            **options,
+        )
+
+    def position(self, source: str) -> dict[str, Any] | None:
+        """How far a source has been applied, as last given to `commit`."""
+        value = self._database.meta.get(b"p" + source.encode())
+        return None if value is None else msgspec.json.decode(value)
+
+    def commit(
+        self, core: Core, changes: Changes, positions: dict[str, dict[str, Any]], mended: Iterable[int] = ()
+    ) -> None:
+        """Writes all that a batch changed, with counters and source positions, in one WriteBatch.
+
+        `mended` are numbers of dead letters whose events are among the changes: they leave the store in the same write.
+        """
+        database = self._database
+        handle = database.db.get_column_family_handle
+        users, sessions, meta = handle("users"), handle("sessions"), handle("meta")
+        batch = WriteBatch(raw_mode=True)
+        put = batch.put
+        for user_id, (live, base) in changes.users.items():
+            name = user_id.encode()
+            if live is None:
+                batch.delete(b"l" + name, users)
+            else:
+                put(b"l" + name, live, users)
+            if base is not None:
+                put(b"b" + name, base, users)
+        progress = msgspec.structs.replace(self._progress)
+        for session in changes.sessions:
+            progress.session_sequence += 1
+            put(_SEQUENCE.pack(progress.session_sequence), encode_session(session), sessions)
+        for letter in changes.dead_letters:
+            progress.dead_sequence += 1
+            put(b"d" + _SEQUENCE.pack(progress.dead_sequence), b"\x01" + msgspec.msgpack.encode(letter), meta)
+        for number in mended:
+            batch.delete(b"d" + _SEQUENCE.pack(number), meta)
+        self._put_items(batch, changes.items, progress)
+        progress.counters = core.counters
+        progress.watermark = core.watermark
+        progress.dimension = core.dimension
+        for source, position in positions.items():
+            put(b"p" + source.encode(), msgspec.json.encode(position), meta)
+        put(b"progress", msgspec.json.encode(progress), meta)
+        self._write(batch)
+        self._progress = progress
+
+    def put_items(self, items: list[ItemRecord]) -> int:
+        """Puts catalogue entries; those already stored as they are keep their place. Returns how many were new or changed."""
+        progress = msgspec.structs.replace(self._progress)
+        batch = WriteBatch(raw_mode=True)
+        for item in items:
+            if item.embedding is not None and progress.dimension is None:
+                progress.dimension = len(item.embedding)
+        changed = self._put_items(batch, items, progress)
+        batch.put(b"progress", msgspec.json.encode(progress), self._database.db.get_column_family_handle("meta"))
+        self._write(batch)
+        self._progress = progress
+        return changed
+
+    def _put_items(self, batch: WriteBatch, items: list[ItemRecord], progress: Progress) -> int:
+        if not items:
+            return 0
+        handle = self._database.db.get_column_family_handle("items")
+        family = self._database.items
+        newest = {item.item_id: item for item in items}
+        changed = 0
+        for item_id, item in newest.items():
+            name, value = item_id.encode(), encode_item(item)
+            stored = family.get(b"i" + name)
+            if stored is not None:
+                if stored[8:] == value:
+                    continue
+                batch.delete(b"s" + stored[:8], handle)
+            progress.item_sequence += 1
+            changed += 1
+            sequence = _SEQUENCE.pack(progress.item_sequence)
+            batch.put(b"i" + name, sequence + value, handle)
+            batch.put(b"s" + sequence, name, handle)
+        return changed
+
+    def sync(self) -> None:
+        """Makes all commits so far safe against a crash of the machine, not only of the process."""
+        try:
+            self._database.db.flush_wal(True)
+        except Exception as error:
+            raise self._write_error(error) from None
+
+    def close(self) -> None:
+        """Releases the database and its lock."""
+        self._database.close()
+
+    def _write(self, batch: WriteBatch) -> None:
+        try:
+            self._database.db.write(batch)
+        except Exception as error:
+            raise self._write_error(error) from None
+
+    def _write_error(self, error: Exception) -> Failure:
+        return Failure(
+            f"state {self.state}: the disk refused a write ({error}); the last batch is not stored, all before it is. "
+            "Free some space and run the same command again: it goes on from there"
+        )
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: types.TracebackType | None
+    ) -> None:
+        self.close()
+
+
+class Reader(_Shared):
+    """A secondary instance: sees the writer's commits after `refresh`, never disturbs it, needs no lock.
+
+    Raises UserError where the folder holds no state, or one of another format.
+    """
+
+    def __init__(self, state: Path | str) -> None:
+        self.state = Path(state)
+        path = _database_path(self.state)
+        if not (path / "CURRENT").exists():
+            raise UserError(f"state {self.state}: there is none; make it with `onerec replay FILE --state {self.state}`")
+        self._own = tempfile.mkdtemp(prefix="onerec-reader-")
+        try:
+            self._database = _Database(path, AccessType.secondary(self._own), secondary=True)
+        except Exception as error:
+            shutil.rmtree(self._own, ignore_errors=True)
+            if "Column family" in str(error) or "Invalid argument" in str(error):
+                raise UserError(f"state {self.state}: {path} is not a state of onerec") from None
+            raise Failure(f"state {self.state} cannot be read: {error}") from None
+        try:
+            self.refresh()
+            _check_format(self._database.meta, self.state)
+        except BaseException:
+            self.close()
+            raise
+
+    def refresh(self) -> None:
+        """Catches up with the writer's commits (about 2 ms)."""
+        self._database.db.try_catch_up_with_primary()
+
+    def close(self) -> None:
+        """Releases the instance and its own log folder."""
+        self._database.close()
+        shutil.rmtree(self._own, ignore_errors=True)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: types.TracebackType | None
+    ) -> None:
+        self.close()
+
+
+def _difference(stored: Semantics, asked: Semantics) -> str:
+    """The keys whose values differ, as the state has them."""
+    parts = []
+    for section in msgspec.structs.fields(Semantics):
+        mine, theirs = getattr(stored, section.name), getattr(asked, section.name)
+        for key in msgspec.structs.fields(type(mine)):
+            if getattr(mine, key.name) != getattr(theirs, key.name):
+                parts.append(f"{section.name}.{key.name} is {getattr(mine, key.name)}, asked {getattr(theirs, key.name)}")
+    return "; ".join(parts)
