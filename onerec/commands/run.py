@@ -172,7 +172,9 @@ def _jobs(*, files: list[Path], state: Path, run_dir: Path, repository: Path, it
         files, items = [world / "events.jsonl.gz"], world / "events.items.jsonl.gz"
         if not files[0].exists():
             jobs.append(Job(name="simulate", kind="once", command=command("simulate", "--out", files[0])))
-    inputs: list[str | Path] = [*files, *(["--items", items] if items else [])]
+    inputs: list[str | Path] = [*files]
+    if items:
+        inputs += ["--items", items]
     catalogue = state / "catalogue"
     served = f"{ports.host}:{ports.grpc}"
     jobs += [
