@@ -75,12 +75,14 @@ def _status_line(found: Findings, chain: Chain) -> str:
 
 
 def run(
-    files: Annotated[list[Path] | None, typer.Argument(help="Event files, as for `onerec replay`.")] = None,
-    state: StateOption = Path("state"),
-    run_dir: RunOption = Path("run"),
-    repository: RepositoryOption = Path("repository"),
+    state: StateOption,
+    run_dir: RunOption,
+    repository: RepositoryOption,
+    files: Annotated[list[Path] | None, typer.Argument(help="Event files, as for `onerec replay`.",
+                                                       show_default=False)] = None,
     simulate: Annotated[bool, typer.Option("--simulate", help="Replay a simulated world, made in RUN/world.")] = False,
-    items: Annotated[Path | None, typer.Option(help="Catalogue entries, as for `onerec replay`.")] = None,
+    items: Annotated[Path | None, typer.Option(help="Catalogue entries, as for `onerec replay`.",
+                                               show_default=False)] = None,
     format_: Annotated[str, typer.Option("--format", help="auto, jsonl, csv, parquet or kuairand.")] = "auto",
     speed: Annotated[float | None, typer.Option(help="Seconds of log a second; default: as fast as it goes.",
                                                 show_default=False)] = None,
@@ -199,9 +201,9 @@ def _jobs(*, files: list[Path], state: Path, run_dir: Path, repository: Path, it
 
 
 def status(
-    state: StateOption = Path("state"),
-    run_dir: RunOption = Path("run"),
-    repository: RepositoryOption = Path("repository"),
+    state: StateOption,
+    run_dir: RunOption,
+    repository: RepositoryOption,
     server: Annotated[str, typer.Option(help="Triton's gRPC address.")] = "127.0.0.1:8001",
     json: JsonOption = False,
 ) -> None:

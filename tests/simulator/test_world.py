@@ -13,7 +13,7 @@ import zstandard
 from onerec.errors import Failure, UserError
 from simulator.behaviour import Behaviour
 from simulator.log import items_path, open_output, write_world
-from simulator.world import DAY_MS, DIMENSION, LONGEST_RATIO, SWT_CAP_MS, WATCH_SIGMA, World, WorldConfig
+from simulator.world import DAY_MS, LONGEST_RATIO, SWT_CAP_MS, WATCH_SIGMA, World, WorldConfig
 from streaming.events import Rejected, decode
 
 SMALL = WorldConfig(users=80, items=150, days=4, seed=5, progress_share=0.1, late_share=0.02, duplicate_share=0.02)
@@ -54,7 +54,7 @@ def test_every_event_is_valid_by_the_rules_of_the_stream(tmp_path: Path) -> None
     max_ts = SMALL.start_ms + (SMALL.days + 1) * DAY_MS
     for lines in written(tmp_path, SMALL):
         for line in lines.splitlines():
-            assert not isinstance(decode(line, max_ts, DIMENSION), Rejected)
+            assert not isinstance(decode(line, max_ts), Rejected)
 
 
 def test_no_item_is_shown_before_its_upload(log: tuple[list[dict], list[dict]]) -> None:
