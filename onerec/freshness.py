@@ -11,14 +11,6 @@ from typing import Any
 import msgspec
 
 STAGES = ("event", "history", "session", "trained", "exported", "served")
-MEANING = {
-    "event": "newest event in the state",
-    "history": "histories are complete up to",
-    "session": "end of the newest session written",
-    "trained": "newest checkpoint has learnt up to",
-    "exported": "newest version in the repository has learnt up to",
-    "served": "what Triton answers with has learnt up to",
-}
 
 
 class Watermarks(msgspec.Struct, frozen=True, kw_only=True):

@@ -54,6 +54,27 @@ def _has_sessions(state: Path) -> bool:
         return False
 
 
+class _News:
+    """Whether there is anything to publish: a newer checkpoint, or items that the last version could not know."""
+
+    def __init__(self, state: Path, run_dir: Path, repository: Path) -> None:
+        self._state, self._run_dir, self._repository = state, run_dir, repository
+        self._asked: tuple[int | None, int] | None = None
+        self._version_then: int | None = None
+
+    def __call__(self) -> bool:
+        from onerec.probe import exported_mark, trained_mark
+        from streaming.store import Reader
+
+        with Reader(self._state) as reader:
+            now = trained_mark(self._run_dir).number, reader.progress().item_sequence
+        version = exported_mark(self._repository).number
+        if now == self._asked and version != self._version_then:
+            return False
+        self._asked, self._version_then = now, version
+        return True
+
+
 def _utc(ms: int) -> str:
     return datetime.datetime.fromtimestamp(ms / 1000, datetime.UTC).strftime("%Y-%m-%d %H:%M:%S")
 
@@ -133,7 +154,7 @@ def run(
     began = time.monotonic()
 
     def say(line: str) -> None:
-        err.print(f"{time.strftime('%H:%M:%S')} {line}", highlight=False, markup=False)
+        err.print(f"{time.strftime('%H:%M:%S')} {line}", highlight=False, markup=False, soft_wrap=True)
 
     stopped: list[int] = []
 
@@ -179,6 +200,7 @@ def _jobs(*, files: list[Path], state: Path, run_dir: Path, repository: Path, it
         inputs += ["--items", items]
     catalogue = state / "catalogue"
     served = f"{ports.host}:{ports.grpc}"
+    news = _News(state, run_dir, repository)
     jobs += [
         Job(name="replay", kind="once", ready=lambda: files[0].exists() or not simulate,
             command=command("replay", *inputs, "--state", state, *replay_options, *shared)),
@@ -194,7 +216,7 @@ def _jobs(*, files: list[Path], state: Path, run_dir: Path, repository: Path, it
             command=command("serve", "--repository", repository, "--state", state, "--http-port", str(ports.http),
                             "--grpc-port", str(ports.grpc), "--metrics-port", str(ports.metrics), *shared)),
         Job(name="publish", kind="periodic", every_s=publish_every, retry_user_errors=True,
-            ready=lambda: done("first-publish"),
+            ready=_throttled(lambda: done("first-publish") and news()),
             command=command("publish", "--run", run_dir, "--repository", repository, "--server", served, *shared)),
     ]
     return jobs
@@ -209,33 +231,37 @@ def status(
 ) -> None:
     """How old the knowledge is that users are served from, stage by stage.
 
-    Ages are against log time (the newest event), and so mean the same in a replay; the last column is against the wall
-    clock. *event → served* is what Triton answers, not what was pushed. A part that cannot be asked has "no data".
+    *event*: the newest event in the state. *history*: histories are complete up to there. *session*: the end of the
+    newest session. *trained*, *exported*, *served*: what the newest checkpoint, the newest version in the repository, and
+    the version with which Triton answers have learnt up to.
+
+    Ages are against log time (the newest event), and so mean the same in a replay; "age now" is against the wall clock.
+    A part that cannot be asked has "no data".
 
     Example: `onerec status --state .demo/state --run .demo/run --repository .demo/repository`
     """
     from rich.table import Table
 
-    from onerec.freshness import MEANING, chain, format_age, to_json
+    from onerec.freshness import chain, format_age, to_json
     from onerec.probe import probe
 
     found = probe(state, run_dir, repository, server)
     ages = chain(found.watermarks, int(time.time() * 1000))
     for fault in found.faults:
-        err.print(f"onerec: {fault}", style="yellow", markup=False, highlight=False)
+        err.print(f"onerec: {fault}", style="yellow", markup=False, highlight=False, soft_wrap=True)
     if json:
         print_json_line(to_json(ages))
         return
     table = Table(box=None, pad_edge=False)
     for name in ("stage", "event time (UTC)", "age in log time", "age now", ""):
-        table.add_column(name, justify="right" if name.startswith("age") else "left")
-    numbers = {"trained": ("step", found.step), "exported": ("version", found.exported_version),
-               "served": ("version", found.served_version)}
+        table.add_column(name, justify="right" if name.startswith("age") else "left", no_wrap=True)
+    notes = {"trained": ("step", found.step), "exported": ("version", found.exported_version),
+             "served": ("version", found.served_version)}
     for stage in ages.stages:
-        noun, number = numbers.get(stage.name, ("", None))
-        note = MEANING[stage.name] + (f" ({noun} {number})" if number is not None else "")
+        noun, number = notes.get(stage.name, ("", None))
         when = _utc(stage.watermark_ms) if stage.watermark_ms is not None else "no data"
-        table.add_row(stage.name, when, format_age(stage.age_ms), format_age(stage.wall_age_ms), note)
+        table.add_row(stage.name, when, format_age(stage.age_ms), format_age(stage.wall_age_ms),
+                      "" if number is None else f"{noun} {number}")
     out.print(table)
     out.print(f"event → served: {format_age(ages.event_to_served_ms)}", style="bold", highlight=False)
 

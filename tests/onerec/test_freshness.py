@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from onerec.freshness import MEANING, STAGES, Watermarks, chain, format_age, to_json
+from onerec.freshness import STAGES, Watermarks, chain, format_age, to_json
 
 MARKS = st.none() | st.integers(631_152_000_000, 4_000_000_000_000)
 
@@ -57,7 +57,3 @@ def test_a_stage_is_null_exactly_where_it_has_no_watermark(marks: dict[str, int 
 )
 def test_ages_for_people(age: int | None, text: str) -> None:
     assert format_age(age) == text
-
-
-def test_every_stage_is_explained() -> None:
-    assert tuple(MEANING) == STAGES
