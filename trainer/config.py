@@ -43,9 +43,15 @@ class ModelConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
 
 
 class TrainConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """The continuous trainer (paper 5.1.1)."""
+    """The continuous trainer (paper 5.1.1).
+
+    `score_share`: share of the sessions that are scored before they are learnt, `score_beams` wide. `backlog_passes`:
+    how often the sessions that ended before `backlog_until_ms` (None: all that the log holds at the start) are learnt
+    before the trainer goes on with the rest, each once. `history_tokens` None: the preset's.
+    """
 
     preset: str = "tiny"
+    history_tokens: Literal["code", "item"] | None = None
     learning_rate: Annotated[float, Meta(gt=0)] = 2e-4
     batch_windows: Positive = 64
     clip_norm: Annotated[float, Meta(gt=0)] = 1.0
@@ -54,6 +60,9 @@ class TrainConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     keep_checkpoints: Positive = 3
     idle_seconds: Annotated[float, Meta(gt=0)] = 2.0
     score_beams: Positive = 16
+    score_share: Annotated[float, Meta(ge=0, le=1)] = 0.25
+    backlog_passes: Positive = 1
+    backlog_until_ms: Count | None = None
     threads: Positive = 2
     seed: Count = 0
 

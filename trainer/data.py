@@ -37,8 +37,13 @@ class SessionLog(Protocol):
 class Items(Protocol):
     """What batches need of the catalogue at one moment; rows are in order of arrival and never move."""
 
-    item_codes: np.ndarray  # int32 [N, L]
-    index: dict[str, int]
+    @property
+    def item_codes(self) -> np.ndarray:
+        """Codes, int32 [N, L]."""
+
+    @property
+    def index(self) -> dict[str, int]:
+        """Row of each item id."""
 
 
 class Example(NamedTuple):

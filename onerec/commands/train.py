@@ -1,0 +1,168 @@
+"""`onerec train`: learn the session log, once or without end."""
+
+from __future__ import annotations
+
+import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import msgspec
+import typer
+
+from onerec.config import explicit_settings, load_config
+from onerec.console import ConfigOption, JsonOption, RunOption, SetOption, StateOption, err, out, print_json
+from onerec.errors import UserError
+
+if TYPE_CHECKING:
+    from trainer.loop import Progress, Result
+
+
+def register(app: typer.Typer) -> None:
+    """Add the command to `app`."""
+    app.command()(train)
+
+
+def train(
+    state: StateOption,
+    run: RunOption,
+    follow: Annotated[bool, typer.Option("--follow", help="Go on as sessions arrive, until stopped.")] = False,
+    preset: Annotated[
+        str | None, typer.Option(help="Size of the model: tiny, small, 0.1B, 1B (as `--set train.preset=`).")
+    ] = None,
+    plot: Annotated[Path | None, typer.Option(help="Draw loss, hit rate and NDCG by event time to this file.")] = None,
+    config: ConfigOption = None,
+    settings: SetOption = None,
+    json: JsonOption = False,
+) -> None:
+    """Learn to write sessions: next-token prediction on the log's high-quality sessions.
+
+    Each session is scored before it is learnt, so the figures are of data never seen; popularity and last-item
+    co-visitation are scored and updated beside it. A run resumes by itself: stop it with Ctrl-C, SIGTERM or kill -9 and
+    start the same command again; the weights become the same as without the stop.
+
+    Example: `onerec train --state state --run run --preset small --plot curve.png`
+    """
+    asked = [*(settings or []), *([f'train.preset="{preset}"'] if preset else [])]
+    configuration = load_config(config, asked)
+    if plot is not None and not plot.resolve().parent.is_dir():
+        raise UserError(f"--plot {plot}: the folder {plot.resolve().parent} does not exist; make it first")
+
+    from trainer.evaluate import read_metrics
+    from trainer.loop import METRICS_FILE
+    from trainer.loop import train as learn
+
+    with _stopping() as stop, _reporting(quiet=json) as report:
+        result = learn(
+            state,
+            run,
+            configuration,
+            follow=follow,
+            explicit=explicit_settings(config, asked).get("train", {}).keys(),
+            stopped=lambda: bool(stop),
+            say=lambda text: err.print(text, highlight=False),
+            progress=report,
+        )
+    lines = read_metrics(run / METRICS_FILE)
+    if plot is not None:
+        from trainer.curves import draw
+
+        draw(lines, plot)
+    from trainer.evaluate import means
+
+    scored, scores = means(lines)
+    if json:
+        print_json({**msgspec.to_builtins(result), "scored_windows": scored, "scores": scores})
+    else:
+        _print_summary(result, scored, scores)
+
+
+@contextmanager
+def _stopping() -> Iterator[list[int]]:
+    """A list that is filled by SIGTERM or SIGINT; a second signal ends the process at once."""
+    stop: list[int] = []
+
+    def handle(number: int, _: Any) -> None:
+        signal.signal(number, signal.SIG_DFL)
+        stop.append(number)
+        err.print("stopping after this batch; a checkpoint is written")
+
+    before = {number: signal.signal(number, handle) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield stop
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+@contextmanager
+def _reporting(*, quiet: bool) -> Iterator[Any]:
+    """A progress line on standard error; one plain line now and then where that is no terminal."""
+    if quiet or not err.is_terminal:
+        seen = {"sessions": 0}
+
+        def plain(progress: Progress) -> None:
+            if not quiet and progress.sessions >= 2 * seen["sessions"]:
+                seen["sessions"] = progress.sessions
+                err.print(_state_line(progress), highlight=False)
+
+        yield plain
+        return
+    from rich.progress import BarColumn, TextColumn, TimeRemainingColumn
+    from rich.progress import Progress as Bar
+
+    with Bar(BarColumn(bar_width=24), TextColumn("{task.description}"), TimeRemainingColumn(), console=err) as bar:
+        task = bar.add_task("reading the log", total=None)
+
+        def live(progress: Progress) -> None:
+            bar.update(
+                task, description=_state_line(progress), completed=progress.sessions, total=progress.log_sessions
+            )
+
+        yield live
+
+
+def _state_line(progress: Progress) -> str:
+    line = progress.line
+    loss = "not finite, step skipped" if line.loss is None else f"{line.loss:.3f}"
+    return (
+        f"session {progress.sessions:,} of {progress.log_sessions:,}  loss {loss}  "
+        f"{progress.sessions_per_second:.0f} sessions/s  learnt up to {_time(progress.watermark)}"
+    )
+
+
+def _time(milliseconds: int | None) -> str:
+    from datetime import UTC, datetime
+
+    if milliseconds is None:
+        return "no data"
+    return datetime.fromtimestamp(milliseconds / 1000, UTC).strftime("%Y-%m-%d %H:%M:%S UTC")
+
+
+def _print_summary(result: Result, scored: int, scores: dict[str, dict[str, float]]) -> None:
+    from rich.table import Table
+
+    out.print(
+        f"{result.sessions:,} sessions, {result.windows:,} windows in {result.steps:,} steps"
+        f"{f' ({result.skipped_steps} skipped: not finite)' if result.skipped_steps else ''}; "
+        f"this time {result.new_sessions:,} in {result.seconds:.1f} s ({result.sessions_per_second:.0f}/s)",
+        highlight=False,
+    )
+    out.print(f"learnt up to {_time(result.watermark)}; codebook {result.codebook_version}", highlight=False)
+    if result.unknown_targets or result.unknown_history:
+        out.print(
+            f"left out, not in the catalogue: {result.unknown_targets:,} target and {result.unknown_history:,} history "
+            "items",
+            highlight=False,
+        )
+    if scores:
+        table = Table(title=f"Before learning them: means over {scored:,} windows", title_justify="left")
+        table.add_column("")
+        metrics = list(scores["onerec"])
+        for metric in metrics:
+            table.add_column(metric.replace("session_", "session\n").replace("best_", "best\n"), justify="right")
+        for name, values in scores.items():
+            table.add_row(name, *(f"{values[metric]:.4f}" if metric in values else "–" for metric in metrics))
+        out.print(table)
+    out.print(f"checkpoint {result.checkpoint or 'none yet'}", highlight=False)

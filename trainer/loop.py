@@ -1,0 +1,420 @@
+"""The continuous trainer: read a batch from the log, score it, learn it, and now and then write a checkpoint."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections import Counter
+from collections.abc import Callable, Collection
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import numpy as np
+import torch
+
+from onerec.config import Config
+from onerec.errors import Failure, UserError
+from streaming.semantics import SessionConfig
+from streaming.store import Reader
+from trainer.baselines import CoVisitation
+from trainer.checkpoint import (
+    Checkpoint,
+    Cursor,
+    load_optimizer,
+    load_weights,
+    newest_checkpoint,
+    prune_checkpoints,
+    save_checkpoint,
+)
+from trainer.config import TrainConfig
+from trainer.data import Batch, BatchReader, Example, to_arrays
+from trainer.evaluate import Line, ModelScorer, is_scored, mean_loss, score_baselines
+from trainer.items import Catalogue, build_catalogue, load_catalogue, refresh_catalogue
+from trainer.journal import Journal
+from trainer.model import Batch as ModelBatch
+from trainer.model import OneRec
+from trainer.optim import Optimizer, resolve_precision
+from trainer.presets import preset
+from trainer.runs import Run, locked, read_run, settled, write_run
+
+METRICS_FILE = "metrics.jsonl"
+WAIT_SECONDS = 0.5
+
+
+class Progress(msgspec.Struct, frozen=True, kw_only=True):
+    """Where the trainer stands after a batch; `watermark` and `newest` (newest window) are event times in ms."""
+
+    line: Line
+    sessions: int
+    log_sessions: int
+    sessions_per_second: float
+    watermark: int | None
+
+
+class Result(msgspec.Struct, frozen=True, kw_only=True):
+    """What a call of `train` ended with; `sessions` and `steps` of the whole run, `seconds` of this call."""
+
+    steps: int
+    sessions: int
+    windows: int
+    skipped_steps: int
+    unknown_history: int
+    unknown_targets: int
+    watermark: int | None
+    loss: float | None
+    codebook_version: str
+    checkpoint: str | None
+    stopped: bool
+    seconds: float
+    new_sessions: int
+    sessions_per_second: float
+
+
+def train(
+    state_dir: Path,
+    run_dir: Path,
+    config: Config,
+    *,
+    follow: bool = False,
+    explicit: Collection[str] = (),
+    stopped: Callable[[], bool] = lambda: False,
+    say: Callable[[str], None] = lambda text: None,
+    progress: Callable[[Progress], None] = lambda progress: None,
+) -> Result:
+    """Learn the log's high-quality sessions from where the run stands; with `follow` until `stopped()`.
+
+    `explicit`: names of `config.train` that the user gave himself: a run that was begun with others refuses them. The
+    catalogue is built where there is none. Same log, journal and settings: same weights, byte for byte, wherever the
+    process was killed between (CPU). Raises UserError, Failure as the parts do.
+    """
+    with locked(run_dir), Reader(state_dir) as reader:
+        run = read_run(run_dir)
+        if run is None:
+            if not _wait_for_sessions(reader, follow, stopped, say):
+                raise UserError(_no_sessions(reader, state_dir))
+            run = _begin(state_dir, run_dir, reader, config, say)
+        run, settings = settled(run, run_dir, state_dir, config.train, explicit)
+        return _Trainer(state_dir, run_dir, run, settings, reader, say).run(follow, stopped, progress)
+
+
+def _begin(
+    state_dir: Path, run_dir: Path, reader: Reader, config: Config, say: Callable[[str], None]
+) -> Run:
+    """Settle what a new run is made of, building the catalogue where there is none."""
+    settings, semantics = config.train, reader.semantics()
+    try:
+        catalogue = load_catalogue(state_dir)
+    except UserError:
+        if (state_dir / "catalogue").exists():
+            raise
+        say("no catalogue yet: building semantic IDs (onerec items shows their quality)")
+        catalogue = build_catalogue(state_dir, reader, config, progress=say)
+    model = preset(
+        settings.preset,
+        levels=catalogue.levels,
+        codes=catalogue.codes,
+        session_items=semantics.session.target_items,
+        history_length=semantics.history.length,
+        history_tokens=settings.history_tokens,
+    )
+    run = Run(
+        state=str(state_dir.resolve()),
+        codebook_version=catalogue.version,
+        model=model,
+        config=settings,
+        precision=resolve_precision(settings.precision, _device()),
+        backlog=_backlog(reader, settings),
+    )
+    write_run(run_dir, run)
+    return run
+
+
+def _device() -> str:
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def _backlog(reader: Reader, settings: TrainConfig) -> int:
+    """The last sequence of the sessions that are learnt several times; sessions are in order of their end."""
+    if settings.backlog_passes == 1:
+        return 0
+    if settings.backlog_until_ms is None:
+        return reader.last_sequence()
+    last = 0
+    for sequence, session in reader.sessions():
+        if session.end >= settings.backlog_until_ms:
+            break
+        last = sequence
+    if not last:
+        raise UserError(
+            f"train.backlog_until_ms={settings.backlog_until_ms}: no session ended before; give a later time in ms"
+        )
+    return last
+
+
+def _wait_for_sessions(
+    reader: Reader, follow: bool, stopped: Callable[[], bool], say: Callable[[str], None]
+) -> bool:
+    """Whether the log holds a high-quality session; with `follow` waits for one."""
+    waiting = False
+    while not reader.counters().high_quality:
+        if not follow or stopped():
+            return False
+        if not waiting:
+            say("waiting for the first high-quality session")
+        waiting = True
+        time.sleep(WAIT_SECONDS)
+        reader.refresh()
+    return True
+
+
+def _no_sessions(reader: Reader, state_dir: Path) -> str:
+    """Why there is nothing to learn, with counts, and which threshold keeps most sessions out."""
+    semantics: SessionConfig = reader.semantics().session
+    total = reader.counters().sessions
+    if not total:
+        return f"state {state_dir} holds no session yet; replay more events, or end the replay with --flush"
+    failing: Counter[str] = Counter()
+    for _, session in reader.sessions():
+        failing["min_watched"] += session.watched < semantics.min_watched
+        failing["min_total_watch_ms"] += session.total_watch_ms < semantics.min_total_watch_ms
+        failing["min_interactions"] += session.interactions < semantics.min_interactions
+    worst = max(failing, key=lambda name: failing[name])
+    counts = ", ".join(f"{count:,} below session.{name}={getattr(semantics, name)}" for name, count in failing.items())
+    return (
+        f"state {state_dir}: none of its {total:,} sessions is of high quality ({counts}); lower session.{worst} "
+        f"first (0 switches it off), or raise session.gap_ms, and replay into a new state: "
+        f"onerec replay … --state NEW --set session.{worst}=0"
+    )
+
+
+class _Trainer:
+    """One process' share of a run: restored from the newest sound checkpoint, then driven batch by batch."""
+
+    def __init__(
+        self, state_dir: Path, run_dir: Path, run: Run, settings: TrainConfig, reader: Reader,
+        say: Callable[[str], None],
+    ) -> None:
+        self._state_dir, self._run_dir, self._reader, self._say = state_dir, run_dir, reader, say
+        self._run, self._settings = run, settings
+        self._device = _device()
+        torch.set_num_threads(settings.threads)
+        torch.manual_seed(settings.seed)
+        self._catalogue = self._load_catalogue()
+        self._checkpoint = self._newest()
+        self._model = OneRec(run.model).to(self._device)
+        if self._checkpoint is not None:
+            self._model.load_state_dict(load_weights(self._checkpoint))
+        self._optimizer = Optimizer(
+            self._model,
+            learning_rate=settings.learning_rate,
+            clip_norm=settings.clip_norm,
+            precision="bf16" if run.precision == "bf16" else "fp32",
+        )
+        self._baseline = CoVisitation()
+        if self._checkpoint is not None:
+            self._restore(self._checkpoint)
+        self._counters: Counter[str] = Counter(self._checkpoint.counters if self._checkpoint else {})
+        self._metrics = self._open_metrics(self._checkpoint.metrics_bytes if self._checkpoint else 0)
+        self._journal = Journal(run_dir / "journal.jsonl")
+        self._scorer: ModelScorer | None = None
+        self._scorer_known = -1
+        self._recent: list[Line] = []
+
+    def run(
+        self, follow: bool, stopped: Callable[[], bool], progress: Callable[[Progress], None]
+    ) -> Result:
+        """Learn until the log ends, or without end; a checkpoint every so often and at the end."""
+        settings, checkpoint = self._settings, self._checkpoint
+        batches = BatchReader(
+            self._reader,
+            self._journal,
+            self._refresh_items,
+            cursor=checkpoint.cursor if checkpoint else Cursor(),
+            known=checkpoint.items if checkpoint else 0,
+            m=self._run.model.session_items,
+            n=self._run.model.history_length,
+            batch_windows=settings.batch_windows,
+            idle_seconds=settings.idle_seconds,
+            gap_ms=self._reader.semantics().session.gap_ms,
+            watermark=checkpoint.watermark if checkpoint else None,
+            backlog=self._run.backlog,
+            rounds=settings.backlog_passes,
+            follow=follow,
+            stopped=stopped,
+        )
+        step = saved = checkpoint.step if checkpoint else 0
+        cursor = checkpoint.cursor if checkpoint else Cursor()
+        began, new_sessions, since = time.monotonic(), 0, 0
+        while not stopped():
+            batch = batches.next(step + 1)
+            if batch is None:
+                break
+            step, cursor = step + 1, batch.cursor
+            line = self._learn(step, batch, batches.known)
+            sessions = len({example.session_id for example in batch.examples})
+            new_sessions, since = new_sessions + sessions, since + sessions
+            if since >= settings.checkpoint_sessions:
+                self._save(step, cursor, batches)
+                saved, since = step, 0
+            progress(
+                Progress(
+                    line=line,
+                    sessions=self._counters["sessions"],
+                    log_sessions=self._reader.counters().high_quality,
+                    sessions_per_second=new_sessions / max(1e-9, time.monotonic() - began),
+                    watermark=batches.watermark(),
+                )
+            )
+        seconds = time.monotonic() - began
+        if step > saved:
+            self._save(step, cursor, batches)
+        os.close(self._metrics)
+        self._journal.close()
+        return Result(
+            steps=step,
+            sessions=self._counters["sessions"],
+            windows=self._counters["windows"],
+            skipped_steps=self._optimizer.skipped,
+            unknown_history=self._counters["unknown_history"],
+            unknown_targets=self._counters["unknown_targets"],
+            watermark=self._checkpoint.watermark if self._checkpoint else None,
+            loss=mean_loss(self._recent) if self._recent else self._checkpoint.score if self._checkpoint else None,
+            codebook_version=self._run.codebook_version,
+            checkpoint=str(self._checkpoint.path) if self._checkpoint else None,
+            stopped=stopped(),
+            seconds=seconds,
+            new_sessions=new_sessions,
+            sessions_per_second=new_sessions / seconds if new_sessions else 0.0,
+        )
+
+    def _learn(self, step: int, batch: Batch, known: int) -> Line:
+        """Score the batch with the weights as they are, then take one step on it, and write its line."""
+        scored = [
+            example
+            for example in batch.examples
+            if example.scored and is_scored(example.session_id, self._settings.score_share)
+        ]
+        scores = self._score(scored, known)
+        arrays = to_arrays(batch.examples, self._catalogue.item_codes, m=self._run.model.session_items)
+        tensors = ModelBatch(*(torch.from_numpy(array).to(self._device) for array in arrays))
+        stats = self._optimizer.step(lambda model: model.loss(tensors))
+        for example in batch.examples:
+            if example.fresh:
+                self._baseline.observe(example.history.tolist(), example.targets.tolist())
+        self._counters.update(batch.counts)
+        load = stats["expert_load"].float() * self._run.model.experts
+        line = Line(
+            step=step,
+            round=batch.cursor.round,
+            sequence=batch.cursor.sequence,
+            ts=max(example.ts for example in batch.examples),
+            sessions=len({example.session_id for example in batch.examples}),
+            windows=len(batch.examples),
+            codes=int(arrays.target_mask.sum()) * self._run.model.levels,
+            loss=_finite(stats["ntp"]),
+            gradient=_finite(stats["grad_norm"]),
+            applied=not stats["skipped"],
+            expert_load=(round(float(load.min()), 4), round(float(load.max()), 4)),
+            scored=len(scored),
+            scores=scores,
+        )
+        self._recent.append(line)
+        self._append(line)
+        return line
+
+    def _score(self, examples: list[Example], known: int) -> dict[str, dict[str, float]]:
+        if not examples:
+            return {}
+        if self._scorer is None or self._scorer_known != known:
+            self._scorer = ModelScorer(
+                self._model, self._catalogue.item_codes[:known], beams=self._settings.score_beams, device=self._device
+            )
+            self._scorer_known = known
+        baselines = score_baselines(
+            examples, self._baseline.popularity, self._baseline, m=self._run.model.session_items
+        )
+        return {"onerec": self._scorer.score(examples), **baselines}
+
+    def _save(self, step: int, cursor: Cursor, batches: BatchReader) -> None:
+        """Write a checkpoint of the place after batch `step`; the metrics so far are on the disk before it."""
+        os.fsync(self._metrics)
+        state: dict[str, Any] = {
+            "optimizer": self._optimizer.state_dict(),
+            "rng": torch.get_rng_state(),
+            "baseline": {name: torch.from_numpy(array) for name, array in self._baseline.state().items()},
+        }
+        self._checkpoint = save_checkpoint(
+            self._run_dir,
+            Checkpoint(
+                step=step,
+                cursor=cursor,
+                watermark=batches.watermark(),
+                codebook_version=self._run.codebook_version,
+                items=batches.known,
+                model_config=self._run.model,
+                session_items=self._run.model.session_items,
+                metrics_bytes=os.fstat(self._metrics).st_size,
+                score=mean_loss(self._recent),
+                counters=dict(self._counters),
+                created_ms=time.time_ns() // 1_000_000,
+            ),
+            self._model.state_dict(),
+            state,
+        )
+        self._recent = []
+        prune_checkpoints(self._run_dir, self._settings.keep_checkpoints)
+
+    def _restore(self, checkpoint: Checkpoint) -> None:
+        state = load_optimizer(checkpoint)
+        self._optimizer.load_state_dict(state["optimizer"])
+        torch.set_rng_state(state["rng"])
+        self._baseline.restore({name: tensor.numpy() for name, tensor in state["baseline"].items()})
+        self._say(f"going on from step {checkpoint.step:,}, session {checkpoint.cursor.sequence:,} of the log")
+
+    def _newest(self) -> Checkpoint | None:
+        checkpoint, faults = newest_checkpoint(self._run_dir)
+        for fault in faults:
+            self._say(f"passed over: {fault}")
+        if faults:
+            self._say(f"going on from {checkpoint.path if checkpoint else 'the beginning'} instead")
+        return checkpoint
+
+    def _load_catalogue(self) -> Catalogue:
+        """The state's catalogue, which must be of the codebook whose codes the run has learnt."""
+        catalogue = load_catalogue(self._state_dir)
+        if catalogue.version != self._run.codebook_version:
+            raise UserError(
+                f"{self._run_dir} has learnt the semantic IDs of codebook {self._run.codebook_version}, the state "
+                f"{self._state_dir} now has {catalogue.version}: their codes mean other items; give another --run"
+            )
+        return catalogue
+
+    def _refresh_items(self) -> Catalogue:
+        self._catalogue = refresh_catalogue(self._state_dir, self._reader, self._catalogue)
+        return self._catalogue
+
+    def _open_metrics(self, size: int) -> int:
+        """RUN/metrics.jsonl for appending, cut to what the checkpoint knows: what is learnt again is written again."""
+        path = self._run_dir / METRICS_FILE
+        try:
+            handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+            if os.fstat(handle).st_size < size:
+                self._say(f"{path} lost lines that the checkpoint knows; the curves have a gap there")
+            os.ftruncate(handle, min(size, os.fstat(handle).st_size))
+        except OSError as error:
+            raise Failure(f"{path} cannot be opened: {error.strerror}; mend permissions or disk") from error
+        return handle
+
+    def _append(self, line: Line) -> None:
+        try:
+            os.write(self._metrics, msgspec.json.encode(line) + b"\n")
+        except OSError as error:
+            raise Failure(
+                f"{self._run_dir / METRICS_FILE} cannot be written: {error.strerror}; free space and start again"
+            ) from error
+
+
+def _finite(value: Any) -> float | None:
+    number = float(value)
+    return number if np.isfinite(number) else None
