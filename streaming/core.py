@@ -20,6 +20,7 @@ from streaming.events import (
     DISLIKE,
     ITEM,
     KINDS,
+    LIKE,
     MAX_DEPTH,
     MAX_DURATION_MS,
     MAX_LINE_BYTES,
@@ -178,8 +179,12 @@ class Core:
         user = self._find(user_id)
         if user is None:
             user = self._users[user_id] = User()
-        user.base = merge_positives(user.compacted(), positives, self.semantics.history.length)
-        user.base_dirty = True
+        # As recent events, not into the base: a seed may lie after the start of a session to come.
+        user.live += [
+            Event(LIKE, item_id, ts, 0, 0, None, None, ts, RECENT | POSITIVE | LATE) for ts, item_id in positives
+        ]
+        user.purge_at = max(PURGE_AT, 2 * len(user.live))
+        user.base_dirty = user.base_bytes is None
         self._touched[user_id] = user
 
     def seeded(self) -> Changes:
@@ -202,21 +207,23 @@ class Core:
         count = 0
         wm = self._wm
         for position, raw in records:
-            if type(raw) is bytes:
+            if isinstance(raw, bytes):
                 try:
                     if len(raw) > MAX_LINE_BYTES or raw.count(b"[") + raw.count(b"{") > MAX_DEPTH:
                         raise ValueError
                     if not raw.isascii():
                         raw.decode()
                     line = fast_decode(raw)
-                    kind = find_kind(line.type)
+                    kind = find_kind(line.type, ITEM)
                     fast = (
-                        kind is not None
-                        and kind != ITEM
+                        kind != ITEM
                         and MIN_TS <= line.ts <= max_ts
                         and 0 < len(line.user_id) <= 64
                         and 0 < len(line.item_id) <= 64
-                        and (kind != WATCH or (0 <= line.watch_ms <= MAX_DURATION_MS and 0 <= line.duration_ms <= MAX_DURATION_MS))
+                        and (
+                            kind != WATCH
+                            or (0 <= line.watch_ms <= MAX_DURATION_MS and 0 <= line.duration_ms <= MAX_DURATION_MS)
+                        )
                         and (line.event_id is None or 0 < len(line.event_id) <= 64)
                         and (line.request_id is None or 0 < len(line.request_id) <= 64)
                     )
@@ -238,14 +245,14 @@ class Core:
             else:
                 results, source = raw.events, raw.raw
             for result in results:
-                if type(result) is Line:
+                if isinstance(result, Line):
                     reason = event(kinds[result.type], result, wm)
                     if reason is None:
                         count += 1
                         if result.ts - ooo > wm:
                             self._wm = wm = result.ts - ooo
                         continue
-                elif type(result) is ItemRecord:
+                elif isinstance(result, ItemRecord):
                     if result.embedding is not None:
                         if self.dimension is None:
                             self.dimension = len(result.embedding)

@@ -87,11 +87,11 @@ def _is_id(value: Any) -> bool:
     if type(value) is not str or not value:
         return False
     if len(value) <= MAX_ID_BYTES // 4:
-        return value.isascii() or _utf8_length(value) > 0
-    return 0 < _utf8_length(value) <= MAX_ID_BYTES
+        return value.isascii() or utf8_length(value) > 0
+    return 0 < utf8_length(value) <= MAX_ID_BYTES
 
 
-def _utf8_length(value: str) -> int:
+def utf8_length(value: str) -> int:
     """Bytes of the string in UTF-8; 0 where it has none (a lone surrogate)."""
     try:
         return len(value.encode())
@@ -140,8 +140,12 @@ def parse_object(raw: bytes) -> dict[str, Any] | Rejected:
         return Rejected("too_deep")
     try:
         value = orjson.loads(raw)
+        again = isinstance(value, dict) and isinstance(value.get("ts"), float)
     except orjson.JSONDecodeError:
-        # orjson refuses two things that the grammar allows: escaped lone surrogates and numbers beyond doubles.
+        again = True
+    if again:
+        # orjson refuses two things that the grammar allows, escaped lone surrogates and numbers beyond doubles, and makes
+        # floats of integers beyond 64 bits.
         try:
             value = json.loads(raw.decode(), parse_constant=_refuse_constant, parse_int=_integer)
         except (ValueError, RecursionError):
@@ -213,9 +217,9 @@ def item_from_mapping(fields: Mapping[str, Any]) -> ItemRecord | Rejected:
     """An `item` event whose id and time are valid → its catalogue entry; the embedding's length is the core's to check."""
     duration = fields.get("duration_ms")
     tags, author, embedding = fields.get("tags"), fields.get("author_id"), fields.get("embedding")
-    if tags is not None and not (type(tags) is list and all(type(t) is str and _utf8_length(t) for t in tags)):
+    if tags is not None and not (type(tags) is list and all(type(t) is str and utf8_length(t) for t in tags)):
         return Rejected("bad_item")
-    if author is not None and not (type(author) is str and _utf8_length(author)):
+    if author is not None and not (type(author) is str and utf8_length(author)):
         return Rejected("bad_item")
     if embedding is not None:
         if type(embedding) is not list or not embedding:

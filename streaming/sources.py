@@ -1,4 +1,4 @@
-"""Files as sources of records: JSON lines, CSV, Parquet, KuaiRand; plain, gzip, zstd, or standard input (SEMANTICS.md §1, §8)."""
+"""Files as sources of records: JSON lines, CSV, Parquet, KuaiRand; plain, gzip, zstd, standard input (SEMANTICS.md §1, §8)."""
 
 from __future__ import annotations
 
@@ -96,6 +96,7 @@ class Tracked(io.RawIOBase):
         self._inner = inner
         self._raw = raw
         self._head = bytearray()
+        self._ahead = b""
         self.consumed = 0
 
     def readable(self) -> bool:
@@ -110,6 +111,23 @@ class Tracked(io.RawIOBase):
 
     def read_some(self, size: int) -> bytes:
         """Up to `size` bytes, b"" at the end. Raises UserError where the file is damaged or truncated."""
+        if self._ahead:
+            data, self._ahead = self._ahead[:size], self._ahead[size:]
+        else:
+            data = self._read(size)
+        self.consumed += len(data)
+        return data
+
+    def look(self, until: Callable[[bytes], bool]) -> bytes:
+        """The first bytes (at most about 64 KiB), left in place: as many as `until` asks for, or all there are."""
+        while len(self._head) < HEAD_BYTES and not until(bytes(self._head)):
+            data = self._read(HEAD_BYTES)
+            if not data:
+                break
+            self._ahead += data
+        return bytes(self._head)
+
+    def _read(self, size: int) -> bytes:
         try:
             data: bytes = self._inner.read1(size) if hasattr(self._inner, "read1") else self._inner.read(size)
         except EOFError:
@@ -120,12 +138,7 @@ class Tracked(io.RawIOBase):
             raise Failure(f"{self.name}: cannot be read: {error}") from None
         if len(self._head) < HEAD_BYTES:
             self._head += data[: HEAD_BYTES - len(self._head)]
-        self.consumed += len(data)
         return data
-
-    def peek(self) -> bytes:
-        """Bytes at the beginning, left in place; a zstd stream cannot be looked into and passes as JSON lines."""
-        return bytes(self._inner.peek(HEAD_BYTES)[:HEAD_BYTES]) if hasattr(self._inner, "peek") else b"{"
 
     def _damaged(self, what: str) -> UserError:
         return UserError(
@@ -153,8 +166,8 @@ def open_stream(path: str) -> Tracked:
             raw = open(path, "rb")  # noqa: SIM115 - lives as long as the source
             size = os.fstat(raw.fileno()).st_size
         except OSError as error:
-            raise UserError(f"{path}: {error.strerror}; give an existing file that can be read, or - for standard input") from None
-    buffered = raw if hasattr(raw, "peek") else io.BufferedReader(raw)  # type: ignore[arg-type]
+            raise UserError(f"{path}: {error.strerror}; give a file that can be read, or - for standard input") from None
+    buffered: Any = raw
     magic = buffered.peek(4)[:4]
     if size == 0 or not magic:
         raise UserError(f"{path} is empty: no events to replay")
@@ -169,24 +182,25 @@ def open_stream(path: str) -> Tracked:
 
 
 class Source:
-    """A named sequence of records. `batches` gives them from `start` on; reading again from a later start skips the rest."""
+    """A named sequence of records, given from `start` on; what was applied before is skipped.
+
+    Raises UserError where the beginning is not the one that was applied under this name.
+    """
 
     def __init__(self, name: str, stream: Tracked, start: Position) -> None:
         self.name = name
         self.stream = stream
         self.start = start
+        stream.look(lambda head: len(head) >= start.head_bytes)
+        if start.head_bytes and stream.head(start.head_bytes) != (start.head, start.head_bytes):
+            raise UserError(
+                f"{name} is not the file that was replayed under this name before: its beginning differs. "
+                "Give the new file a name of its own, or --state another folder"
+            )
 
     def batches(self, max_ts: Callable[[], int]) -> Iterator[Batch]:
         """The records after `start`. `max_ts` gives the newest event time allowed at the moment."""
         raise NotImplementedError
-
-    def check_head(self) -> None:
-        """Raises UserError where the source's beginning is not the one that was applied under its name."""
-        if self.start.head_bytes and self.stream.head(self.start.head_bytes) != (self.start.head, self.start.head_bytes):
-            raise UserError(
-                f"{self.name} is not the file that was replayed under this name before: its beginning differs. "
-                "Give the new file a name of its own, or --state another folder"
-            )
 
     def position(self, records: int, consumed: int) -> Position:
         """The position after so many records and bytes."""
@@ -212,7 +226,6 @@ class JsonLines(Source):
                     "give the whole file under this name, or --state another folder"
                 )
             skip -= len(data)
-        self.check_head()
         carry, checked = b"", skip == 0 and offset > 0
         while True:
             data = self.stream.read_some(BLOCK)
@@ -243,7 +256,7 @@ class JsonLines(Source):
 
     def _records(self, lines: list[bytes], number: int, max_ts: Callable[[], int]) -> list[tuple[int, bytes | Row]]:
         if not self._mapping:
-            return list(enumerate(lines, number + 1))  # type: ignore[arg-type]
+            return list(enumerate(lines, number + 1))
         newest = max_ts()
         records: list[tuple[int, bytes | Row]] = []
         for raw in lines:
@@ -253,7 +266,7 @@ class JsonLines(Source):
                 continue
             fields = parse_object(raw)
             events: list[Line | ItemRecord | Rejected] = (
-                [fields] if isinstance(fields, Rejected) else list(_events(fields, self._mapping, newest, renamed=True))
+                [fields] if isinstance(fields, Rejected) else list(events_of(fields, self._mapping, newest, renamed=True))
             )
             records.append((number, Row(raw, events, len(raw) + 1)))
         return records
@@ -301,7 +314,7 @@ def _milliseconds(value: Any) -> Any:
     return _integer(value)
 
 
-def _events(
+def events_of(
     values: Mapping[str, Any], mapping: Mapping[str, str], max_ts: int, *, renamed: bool = False
 ) -> Iterator[Line | ItemRecord | Rejected]:
     """One row of named values → its event, then one interaction for each flag that is set (§8).
@@ -371,7 +384,8 @@ class Table(Source):
     def batches(self, max_ts: Callable[[], int]) -> Iterator[Batch]:
         """Batches of 8,192 rows."""
         mapping = self.checked_mapping()
-        number, records = 0, []
+        number = 0
+        records: list[tuple[int, bytes | Row]] = []
         for raw, values in self.rows():
             number += 1
             if number <= self.start.records:
@@ -379,7 +393,7 @@ class Table(Source):
             if values is None:
                 events: list[Line | ItemRecord | Rejected] = [Rejected("bad_columns")]
             else:
-                events = list(_events(values, mapping, max_ts()))
+                events = list(events_of(values, mapping, max_ts()))
             records.append((number, Row(raw, events)))
             if len(records) >= BATCH_ROWS:
                 yield Batch(records, self.stream.consumed)
@@ -402,7 +416,6 @@ class Csv(Table):
         except csv.Error as error:
             raise UserError(f"{name}: the first line is no CSV header ({error}); give --format") from None
         self._pending.clear()
-        self.check_head()
 
     def _lines(self, text: Iterable[str]) -> Iterator[str]:
         for line in text:
@@ -440,8 +453,6 @@ class Parquet(Table):
         super().__init__(name, stream, start, mapping)
         if name == "-":
             raise UserError("standard input cannot be Parquet, which is read from its end; give the file's name")
-        stream.read_some(HEAD_BYTES)
-        self.check_head()
         try:
             self._file = pyarrow.parquet.ParquetFile(name)
         except (pyarrow.ArrowException, OSError) as error:
@@ -529,7 +540,7 @@ def source_name(path: str) -> str:
 def open_source(path: str, wanted: str, mapping: Mapping[str, str], start: Position) -> Source:
     """The source for a file. `wanted` is one of FORMATS. Raises UserError if it cannot be opened or is of another format."""
     stream = open_stream(path)
-    found = detect(path, _head_of(path, stream))
+    found = detect(path, first_line(stream))
     name = source_name(path)
     kind = found if wanted in ("auto", "kuairand") else wanted
     if wanted == "kuairand" and kind not in ("kuairand", "seeds"):
@@ -545,6 +556,6 @@ def open_source(path: str, wanted: str, mapping: Mapping[str, str], start: Posit
     return JsonLines(name, stream, start, mapping)
 
 
-def _head_of(path: str, stream: Tracked) -> bytes:
-    """The first bytes, decompressed; a file is opened a second time, standard input is looked into without taking."""
-    return stream.peek() if path == "-" else open_stream(path).read_some(HEAD_BYTES)
+def first_line(stream: Tracked) -> bytes:
+    """The stream's beginning with at least its first line, if that is not longer than 64 KiB."""
+    return stream.look(lambda head: b"\n" in head)

@@ -88,7 +88,8 @@ def _database_path(state: Path) -> Path:
 
 def _scan(family: Rdict, prefix: bytes, start: bytes | None = None) -> Iterator[tuple[bytes, bytes]]:
     """Pairs whose key begins with `prefix`, from key `start` on, the prefix cut off."""
-    for key, value in family.items(from_key=start or prefix):
+    pairs: Iterator[tuple[Any, Any]] = family.items(from_key=start or prefix)
+    for key, value in pairs:
         if not key.startswith(prefix):
             return
         yield key[len(prefix) :], value
@@ -129,7 +130,10 @@ class _Shared:
 
     def semantics(self) -> Semantics:
         """The values that the state was built with."""
-        return msgspec.json.decode(self._database.meta.get(b"semantics"), type=Semantics)
+        value = self._database.meta.get(b"semantics")
+        if value is None:
+            raise UserError(f"state {self.state} has no settings; it is damaged: replay the log into a new folder")
+        return msgspec.json.decode(value, type=Semantics)
 
     def last_sequence(self) -> int:
         """Sequence of the newest committed session, 0 if none."""
@@ -137,7 +141,8 @@ class _Shared:
 
     def sessions(self, after: int = 0) -> Iterator[tuple[int, Session]]:
         """(sequence, session) in commit order, from the first sequence greater than `after`."""
-        for key, value in self._database.sessions.items(from_key=_SEQUENCE.pack(after + 1)):
+        pairs: Iterator[tuple[Any, Any]] = self._database.sessions.items(from_key=_SEQUENCE.pack(after + 1))
+        for key, value in pairs:
             yield _SEQUENCE.unpack(key)[0], decode_session(value)
 
     def history(self, user_id: str) -> list[str] | None:
@@ -191,7 +196,7 @@ class Store(_Shared):
         try:
             path.mkdir(parents=True, exist_ok=True)
         except OSError as error:
-            raise UserError(f"state {self.state}: {error.strerror}; give --state a folder that can be written") from None
+            raise UserError(f"state {self.state}: {error.strerror}; give --state a writable folder") from None
         if not fresh and any(path.iterdir()) and not (path / "CURRENT").exists():
             raise UserError(f"state {self.state}: {path} is not a state of onerec; give --state another folder")
         try:
@@ -229,7 +234,7 @@ class Store(_Shared):
         _check_format(meta, self.state)
         stored = self.semantics()
         if stored != semantics:
-            raise UserError(f"state {self.state} was built with other settings: {_difference(stored, semantics)}; "
+            raise UserError(f"state {self.state} was built with other settings: {difference(stored, semantics)}; "
                             "use those, or replay into another folder")
 
     def core(self, **options: Any) -> Core:
@@ -297,7 +302,7 @@ class Store(_Shared):
         self._progress = progress
 
     def put_items(self, items: list[ItemRecord]) -> int:
-        """Puts catalogue entries; those already stored as they are keep their place. Returns how many were new or changed."""
+        """Puts catalogue entries; those stored as they are keep their place. Returns how many were new or changed."""
         progress = msgspec.structs.replace(self._progress)
         batch = WriteBatch(raw_mode=True)
         for item in items:
@@ -372,7 +377,7 @@ class Reader(_Shared):
         self.state = Path(state)
         path = _database_path(self.state)
         if not (path / "CURRENT").exists():
-            raise UserError(f"state {self.state}: there is none; make it with `onerec replay FILE --state {self.state}`")
+            raise UserError(f"state {self.state}: there is none; `onerec replay FILE --state {self.state}` makes it")
         self._own = tempfile.mkdtemp(prefix="onerec-reader-")
         try:
             self._database = _Database(path, AccessType.secondary(self._own), secondary=True)
@@ -406,12 +411,13 @@ class Reader(_Shared):
         self.close()
 
 
-def _difference(stored: Semantics, asked: Semantics) -> str:
+def difference(stored: Semantics, asked: Semantics) -> str:
     """The keys whose values differ, as the state has them."""
     parts = []
     for section in msgspec.structs.fields(Semantics):
         mine, theirs = getattr(stored, section.name), getattr(asked, section.name)
         for key in msgspec.structs.fields(type(mine)):
-            if getattr(mine, key.name) != getattr(theirs, key.name):
-                parts.append(f"{section.name}.{key.name} is {getattr(mine, key.name)}, asked {getattr(theirs, key.name)}")
+            has, want = getattr(mine, key.name), getattr(theirs, key.name)
+            if has != want:
+                parts.append(f"{section.name}.{key.name} is {has}, asked {want}")
     return "; ".join(parts)
