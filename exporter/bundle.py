@@ -16,7 +16,6 @@ import hashlib
 import importlib.util
 import os
 import shutil
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Protocol
 
@@ -25,7 +24,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from exporter.trie import Trie, build_trie
-from onerec.errors import UserError
+from onerec.errors import Failure, UserError
 from trainer.config import ModelConfig
 
 FORMAT = 1
@@ -133,7 +132,7 @@ def write_catalogue(folder: Path, catalogue: CatalogueLike, codes: int) -> Snaps
             f"ancestor{level}": trie.ancestor[level],
         }
     with (folder / CATALOGUE_FILE).open("wb") as file:
-        np.savez(file, **arrays)  # type: ignore[arg-type]
+        np.savez(file, **arrays)
     (folder / TAGS_FILE).write_bytes(msgspec.json.encode(catalogue.tags))
     return Snapshot(
         codebook_version=catalogue.version,
@@ -189,6 +188,14 @@ def _source(module: str) -> Path | None:
     return Path(spec.origin) if spec and spec.origin else None
 
 
+def source_file(module: str) -> Path:
+    """File of a module of this project; Failure where the installation lacks it."""
+    source = _source(module)
+    if source is None:
+        raise Failure(f"{module} is not installed; install the package again: pip install .")
+    return source
+
+
 def _imported(source: Path) -> set[str]:
     """Dotted names that a file imports at its top level or in functions; type-checking blocks left out."""
     names: set[str] = set()
@@ -225,17 +232,14 @@ def runtime_modules() -> dict[str, Path]:
 
 
 def copy_runtime(folder: Path) -> None:
-    """Lay the Python backend's entry and the modules it needs into a bundle, so that it depends on no installed copy."""
+    """Lay the Python backend's entry and the modules it needs into a bundle: it depends on no installed copy of them."""
     for name, source in runtime_modules().items():
         parts = name.split(".")
         relative = Path(*parts, "__init__.py") if source.name == "__init__.py" else Path(*parts).with_suffix(".py")
         target = folder / LIBRARY_FOLDER / relative
         target.parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(source, target)
-    entry = _source("serving_config.recommend")
-    if entry is None:
-        raise UserError("serving_config.recommend is not installed; install the package again: pip install .")
-    shutil.copyfile(entry.parent / "model.py", folder / ENTRY_FILE)
+    shutil.copyfile(source_file("serving_config.recommend").parent / "model.py", folder / ENTRY_FILE)
     # A file where Python would put bytecode of the entry: a folder made there later would change the version's time
     # stamp, and Triton would load the version anew at the next publish.
     (folder / "__pycache__").touch()
@@ -260,14 +264,19 @@ def digest_files(folder: Path) -> dict[str, FileEntry]:
     return {name: _digest(folder / name) for name in bundle_files(folder)}
 
 
+def sync_path(path: Path) -> None:
+    """Force a file, or the entries of a folder, to the disk."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
 def sync_tree(folder: Path) -> None:
     """Force every file and folder below `folder`, and itself, to the disk."""
     for path in [*folder.rglob("*"), folder]:
-        handle = os.open(path, os.O_RDONLY)
-        try:
-            os.fsync(handle)
-        finally:
-            os.close(handle)
+        sync_path(path)
 
 
 def write_manifest(folder: Path, manifest: Manifest) -> None:
@@ -286,7 +295,8 @@ def read_manifest(folder: Path) -> Manifest:
     try:
         record = msgspec.json.decode((folder / MANIFEST_FILE).read_bytes(), type=dict[str, object])
         if record.get("format") != FORMAT:
-            raise UserError(f"bundle {folder}: format {record.get('format')}, this version reads {FORMAT}; publish again")
+            found = record.get("format")
+            raise UserError(f"bundle {folder}: format {found}, this version reads {FORMAT}; publish again")
         digest = record.pop("sha256", None)
         if digest != _record_digest(record):
             raise UserError(f"bundle {folder}: {MANIFEST_FILE} is damaged; publish again")
@@ -323,8 +333,3 @@ def check_codebooks(weights: str, catalogue: str) -> None:
             f"mixed versions: the checkpoint was trained with codebook {weights}, the catalogue has {catalogue}; "
             "train a run on this catalogue, or name the state whose catalogue the run was trained on"
         )
-
-
-def item_names(snapshot: Snapshot, rows: Sequence[int]) -> list[str]:
-    """Item ids of catalogue rows."""
-    return [snapshot.item_ids[row] for row in rows]

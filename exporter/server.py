@@ -55,10 +55,13 @@ def find_installation(binary: Path | None = None) -> Installation:
     """
     if binary is not None:
         if not os.access(binary, os.X_OK) or binary.is_dir():
-            raise UserError(f"--server {binary} is not a program; name the tritonserver binary, for example /opt/tritonserver/bin/tritonserver")
+            raise UserError(
+                f"--server {binary} is not a program; name the tritonserver binary, for example "
+                "/opt/tritonserver/bin/tritonserver"
+            )
         backends = binary.resolve().parent.parent / "backends"
         if not (backends / "python").is_dir():
-            raise UserError(f"--server {binary}: no Python backend in {backends}; install Triton with its Python backend")
+            raise UserError(f"--server {binary}: no Python backend in {backends}; install Triton with that backend")
         return Installation(binary=binary.resolve(), backends=backends)
     spec = importlib.util.find_spec("pytriton")
     root = Path(next(iter(spec.submodule_search_locations or []))) / "tritonserver" if spec else None
@@ -70,7 +73,9 @@ def find_installation(binary: Path | None = None) -> Installation:
     version = f"{sys.version_info.major}.{sys.version_info.minor}"
     stub = root / "python_backend_stubs" / version / "triton_python_backend_stub"
     if not stub.exists():
-        raise UserError(f"nvidia-pytriton has no Python backend for Python {version}; use Python 3.11 or 3.12, or --server PATH")
+        raise UserError(
+            f"nvidia-pytriton has no Python backend for Python {version}; use Python 3.11 or 3.12, or --server PATH"
+        )
     libraries = [root.parent.parent / "nvidia_pytriton.libs"]
     if library_folder := sysconfig.get_config_var("LIBDIR"):
         libraries.append(Path(library_folder))
@@ -80,7 +85,7 @@ def find_installation(binary: Path | None = None) -> Installation:
 
 
 def _lay_out_backends(installation: Installation, folder: Path) -> Path:
-    """A backend directory that has the stub of this interpreter in it, made of links; the installation stays untouched."""
+    """A backend directory with the stub of this interpreter in it, made of links; the installation stays untouched."""
     if installation.stub is None:
         return installation.backends
     backend = folder / "backends" / "python"
@@ -104,7 +109,9 @@ def _check_free(host: str, port: int, option: str) -> None:
         try:
             probe.bind((host, port))
         except OSError as error:
-            raise UserError(f"port {port} on {host}: {error.strerror}; give another --{option}-port, or 0 for a free one") from None
+            raise UserError(
+                f"port {port} on {host}: {error.strerror}; give another --{option}-port, or 0 for a free one"
+            ) from None
 
 
 def choose_ports(ports: Ports) -> Ports:
@@ -217,8 +224,8 @@ class TritonServer:
     def _environment(self) -> dict[str, str]:
         environment = dict(os.environ)
         if self._installation.libraries:
-            known = environment.get("LD_LIBRARY_PATH", "")
-            environment["LD_LIBRARY_PATH"] = os.pathsep.join([*map(str, self._installation.libraries), *filter(None, [known])])
+            folders = [*map(str, self._installation.libraries), environment.get("LD_LIBRARY_PATH", "")]
+            environment["LD_LIBRARY_PATH"] = os.pathsep.join(filter(None, folders))
         if self._installation.stub is not None:
             # The stub looks for `python3` on PATH to find its packages, numpy first of all.
             environment["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), environment.get("PATH", "")])

@@ -101,7 +101,7 @@ def _policy(policy: LatestVersions | SpecificVersions) -> str:
 
 
 def config_text(config: RecommendConfig) -> str:
-    """`config.pbtxt` of the model `recommend`: a Python-backend model, one instance, dynamic batches of ragged requests.
+    """`config.pbtxt` of the model `recommend`: Python backend, one instance, dynamic batches of ragged requests.
 
     Equal configurations give equal bytes, so that a publish rewrites the file only when something changed: Triton
     loads all versions anew when it did.

@@ -66,12 +66,7 @@ class Graph:
 
     def search(self, histories: Sequence[NDArray[np.int64]]) -> Beams:
         """One run of the graph over ragged histories, each int64 [T, L]."""
-        longest = max(1, *(len(history) for history in histories)) if histories else 1
-        codes = np.zeros((len(histories), longest, self._levels), dtype=np.int64)
-        mask = np.zeros((len(histories), longest), dtype=bool)
-        for row, history in enumerate(histories):
-            codes[row, : len(history)] = history
-            mask[row, : len(history)] = True
+        codes, mask = pad(histories, self._levels)
         inputs = {
             "history": ort.OrtValue.ortvalue_from_numpy(codes, *self._place),
             "history_mask": ort.OrtValue.ortvalue_from_numpy(mask, *self._place),
@@ -116,14 +111,25 @@ class Engine:
         """
         live = np.flatnonzero(leaves[:, 0] >= 0)
         if len(live) < count:
+            catalogue = f"the catalogue of {self.manifest.items} items"
+            if not len(live):
+                raise RequestError(f"{catalogue} is too small for a session of {leaves.shape[1]}; add items")
             raise RequestError(
-                f"count = {count}, but the catalogue of {self.manifest.items} items gives only {len(live)} "
-                f"different sessions; ask for at most {len(live)}"
-                if len(live)
-                else f"the catalogue of {self.manifest.items} items is too small for a session of {leaves.shape[1]}; add items"
+                f"count = {count}, but {catalogue} gives only {len(live)} different sessions; ask for at most {len(live)}"
             )
         best = live[:count]
         return Sessions(self._ids[self.snapshot.trie.session_rows(leaves[best])], scores[best])
+
+
+def pad(histories: Sequence[NDArray[np.int64]], levels: int) -> tuple[NDArray[np.int64], NDArray[np.bool_]]:
+    """Ragged histories, each [T, L], as codes int64 [B, T, L] and mask bool [B, T], T of the longest and at least 1."""
+    longest = max([1, *map(len, histories)])
+    codes = np.zeros((len(histories), longest, levels), dtype=np.int64)
+    mask = np.zeros((len(histories), longest), dtype=bool)
+    for row, history in enumerate(histories):
+        codes[row, : len(history)] = history
+        mask[row, : len(history)] = True
+    return codes, mask
 
 
 def open_session(graph: Path, *, threads: int, device: int | None) -> ort.InferenceSession:

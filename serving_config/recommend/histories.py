@@ -31,14 +31,14 @@ class Histories:
         self._next_open = float("-inf")
         self._next_refresh = float("-inf")
         if state is not None:
-            self._open()
+            self._open(state)
 
-    def _open(self) -> None:
+    def _open(self, state: Path) -> None:
         from streaming.store import Reader
 
         self._next_open = self._clock() + REOPEN_SECONDS
         try:
-            self._reader = Reader(self._state).__enter__()
+            self._reader = Reader(state).__enter__()
             self._fault = ""
         except Exception as error:  # rocksdict raises bare Exceptions
             self._fault = str(error)
@@ -46,9 +46,11 @@ class Histories:
     def catch_up(self) -> None:
         """See what the writer has committed, unless that was done less than `CATCH_UP_SECONDS` ago."""
         now = self._clock()
+        if self._state is None:
+            return
         if self._reader is None:
-            if self._state is not None and now >= self._next_open:
-                self._open()
+            if now >= self._next_open:
+                self._open(self._state)
             return
         if now < self._next_refresh:
             return
@@ -58,7 +60,7 @@ class Histories:
         except Exception as error:  # the state was moved or made anew: look again from the start
             self._fault = str(error)
             self.close()
-            self._open()
+            self._open(self._state)
 
     def of(self, user_id: str) -> list[str] | None:
         """Item ids oldest first, None for a user never seen; RequestError where there is no state to look in."""

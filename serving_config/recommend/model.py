@@ -1,8 +1,12 @@
-"""Entry of Triton's Python backend: tensors in, `Service` asked, tensors out; every rule is in the modules beside it."""
+"""Entry of Triton's Python backend: tensors in, `Service` asked, tensors out; the rules are in the modules beside it."""
 
+from __future__ import annotations
+
+import json
 import os
 import sys
 from pathlib import Path
+from typing import Any
 
 # The version's own copy of the modules goes before any installed one: a version answers as it was published.
 sys.path.insert(0, str(Path(__file__).resolve().parent / "lib"))
@@ -15,10 +19,8 @@ import triton_python_backend_utils as pb_utils  # noqa: E402
 class TritonPythonModel:
     """One instance of one version."""
 
-    def initialize(self, args):
+    def initialize(self, args: dict[str, str]) -> None:
         """Load the bundle this file lies in; raises on a damaged one, so that Triton refuses the version."""
-        import json
-
         parameters = {
             key: value["string_value"] for key, value in json.loads(args["model_config"])["parameters"].items()
         }
@@ -41,7 +43,7 @@ class TritonPythonModel:
         # Two versions run side by side; the label tells their figures apart.
         version = {"version": args["model_version"]}
         families = {
-            "unknown_items": ("onerec_unknown_history_items_total", "Item ids of histories that the version does not know"),
+            "unknown_items": ("onerec_unknown_history_items_total", "Item ids of histories that the version lacks"),
             "unknown_users": ("onerec_unknown_users_total", "Requests for users without a stored history"),
             "refused": ("onerec_refused_requests_total", "Requests that were answered with an error"),
         }
@@ -59,14 +61,13 @@ class TritonPythonModel:
         if engine.manifest.watermark is not None:
             self._watermark.set(engine.manifest.watermark)
 
-    def execute(self, requests):
+    def execute(self, requests: list[Any]) -> list[Any]:
         """Answer all requests of a dynamic batch in one run of the graph; an error concerns its request alone."""
         from serving_config.recommend.service import Answer, Request
 
-        asked = []
-        for request in requests:
-            tensors = {tensor.name(): tensor.as_numpy() for tensor in request.inputs()}
-            asked.append(Request(**{name: tensors.get(name) for name in Request._fields}))
+        asked = [
+            Request(**{tensor.name(): tensor.as_numpy() for tensor in request.inputs()}) for request in requests
+        ]
         answers, counts = self._service.answer(asked)
         for key, value in counts.items():
             if value:
@@ -74,13 +75,13 @@ class TritonPythonModel:
         responses = []
         for answer in answers:
             if isinstance(answer, Answer):
-                tensors = [pb_utils.Tensor(name, value) for name, value in answer._asdict().items()]
+                tensors = [pb_utils.Tensor(name, value) for name, value in vars(answer).items()]
                 responses.append(pb_utils.InferenceResponse(tensors))
             else:
                 code = pb_utils.TritonError.INVALID_ARG if answer.client_fault else pb_utils.TritonError.INTERNAL
                 responses.append(pb_utils.InferenceResponse(error=pb_utils.TritonError(str(answer), code)))
         return responses
 
-    def finalize(self):
+    def finalize(self) -> None:
         """Close the reader of the state."""
         self._service.close()

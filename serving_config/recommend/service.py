@@ -1,9 +1,10 @@
-"""What the model `recommend` answers (DESIGN.md, "What an application calls"): arrays in, arrays out, no Triton in here."""
+"""What the model `recommend` answers (DESIGN.md, "What an application calls"): arrays in, arrays out, no Triton."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple, Protocol
+from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -30,7 +31,8 @@ class HistorySource(Protocol):
         """Let go of the source."""
 
 
-class Request(NamedTuple):
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Request:
     """The tensors of one request as they came, None where left out; B rows each."""
 
     user_id: NDArray[np.object_] | None = None
@@ -39,7 +41,8 @@ class Request(NamedTuple):
     select: NDArray[np.object_] | None = None
 
 
-class Answer(NamedTuple):
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Answer:
     """items [B, count, m] of bytes, scores [B, count], rewards [B, count, 4] (NaN: the version has no reward model),
     model_version and watermark int64 [B, 1] (watermark in ms, NO_WATERMARK where nothing was learnt yet)."""
 
@@ -50,7 +53,8 @@ class Answer(NamedTuple):
     watermark: NDArray[np.int64]
 
 
-class _Plan(NamedTuple):
+@dataclass(frozen=True, kw_only=True)
+class _Plan:
     """A request understood: one history a row, all with the same count."""
 
     histories: list[History]
@@ -120,7 +124,8 @@ class Service:
                 histories.append(stored or [])
         else:
             raise RequestError("neither `user_id` nor `history`: send at least one")
-        return _Plan([self._engine.history(history) for history in histories], count, unknown_users)
+        known = [self._engine.history(history) for history in histories]
+        return _Plan(histories=known, count=count, unknown_users=unknown_users)
 
     def _count(self, values: NDArray[np.int32] | None) -> int:
         if values is None:

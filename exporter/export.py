@@ -1,0 +1,171 @@
+"""A bundle from a checkpoint: weights beside the template's graph, the catalogue as it is now, checked against torch."""
+
+from __future__ import annotations
+
+import hashlib
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import msgspec
+import numpy as np
+import orjson
+
+from exporter import bundle
+from exporter.bundle import GRAPH_FOLDER, Manifest, Snapshot
+from exporter.steps import Report, silent, timed
+from onerec.errors import UserError
+from trainer.config import BeamConfig, ModelConfig
+
+if TYPE_CHECKING:
+    from serving_config.recommend.engine import Beams
+    from trainer.checkpoint import Checkpoint
+    from trainer.items import Catalogue
+    from trainer.model import OneRec
+
+
+TRACED_MODULES = ("exporter.onnx_graph", "trainer.beam", "trainer.model", "trainer.moe")
+"""What decides the graph besides architecture and beam width."""
+
+
+class Export(msgspec.Struct, frozen=True, kw_only=True):
+    """What a bundle is made from and for."""
+
+    run_dir: Path
+    state: Path | None = None
+    checkpoint: Path | None = None
+    width: int = BeamConfig().width
+    threads: int = 2
+
+
+class Expected(msgspec.Struct, frozen=True, kw_only=True):
+    """A request with the answer that the new version must give."""
+
+    history: list[str]
+    sessions: list[list[str]]
+
+
+def state_of_run(run_dir: Path) -> Path:
+    """The state that a run was trained on, as its run.json says; UserError where there is no run."""
+    try:
+        return Path(orjson.loads((run_dir / "run.json").read_bytes())["state"])
+    except OSError:
+        raise UserError(
+            f"{run_dir} is not a training run (no run.json); train first: onerec train --run {run_dir}"
+        ) from None
+    except (orjson.JSONDecodeError, KeyError, TypeError):
+        raise UserError(f"{run_dir}/run.json is damaged; name the state by --state DIR") from None
+
+
+def build_bundle(
+    folder: Path,
+    version: int,
+    export: Export,
+    templates: Path,
+    *,
+    now: Callable[[], float] = time.time,
+    report: Report = silent,
+) -> tuple[Manifest, Expected]:
+    """Fill `folder` with a sealed bundle whose graph was checked against torch; also a request to try it with."""
+    from exporter.parity import compare, parity_rows, torch_beams
+    from exporter.weights import write_weights
+    from serving_config.recommend.engine import GRAPH_FILE, Graph
+
+    with timed(report, "checkpoint"):
+        checkpoint, model = _load(export)
+    with timed(report, "catalogue"):
+        catalogue = _catalogue(export, checkpoint)
+        snapshot = bundle.write_catalogue(folder, catalogue, checkpoint.model_config.codes)
+        bundle.copy_runtime(folder)
+    template = find_template(checkpoint.model_config, export.width, templates, report=report)
+    with timed(report, "weights"):
+        write_weights(model.state_dict(), template, folder / GRAPH_FOLDER)
+    with timed(report, "parity"):
+        graph = Graph(folder / GRAPH_FOLDER / GRAPH_FILE, snapshot.trie, threads=export.threads)
+        rows = parity_rows(snapshot, checkpoint.model_config)
+        histories = [snapshot.item_codes[row].astype(np.int64) for row in rows]
+        served = graph.search(histories)
+        parity = compare(torch_beams(model, snapshot, histories, export.width), served)
+    with timed(report, "seal"):
+        manifest = Manifest(
+            version=version,
+            codebook_version=checkpoint.codebook_version,
+            catalogue_revision=catalogue.revision,
+            items=snapshot.trie.items,
+            leaves=snapshot.trie.leaves,
+            watermark=checkpoint.watermark,
+            step=checkpoint.step,
+            model_config=checkpoint.model_config,
+            width=export.width,
+            created_ms=int(now() * 1000),
+            parity=parity,
+            files=bundle.digest_files(folder),
+        )
+        bundle.write_manifest(folder, manifest)
+    return manifest, _expected(snapshot, rows[-1], served)
+
+
+def find_template(config: ModelConfig, width: int, templates: Path, *, report: Report = silent) -> Path:
+    """The graph template of an architecture and beam width, traced where it is not there yet.
+
+    Templates lie in a folder named by the code that was traced, so that an upgrade never serves an old search.
+    """
+    from exporter.weights import ensure_template, template_key
+
+    digest = hashlib.sha256()
+    for module in TRACED_MODULES:
+        digest.update(bundle.source_file(module).read_bytes())
+    folder = templates / digest.hexdigest()[:16]
+    if (folder / template_key(config, width)).is_dir():
+        return ensure_template(config, width, folder)
+    with timed(report, "template"):
+        found = ensure_template(config, width, folder)
+        bundle.sync_tree(folder)
+    return found
+
+
+def _load(export: Export) -> tuple[Checkpoint, OneRec]:
+    """The checkpoint and its model; a checkpoint pruned by the trainer meanwhile is replaced by the newest one."""
+    from trainer.checkpoint import latest_checkpoint, load_checkpoint, load_model
+
+    if export.checkpoint is not None:
+        checkpoint = load_checkpoint(export.checkpoint)
+        return checkpoint, load_model(checkpoint)
+    checkpoint = latest_checkpoint(export.run_dir)
+    try:
+        return checkpoint, load_model(checkpoint)
+    except OSError:
+        checkpoint = latest_checkpoint(export.run_dir)
+        return checkpoint, load_model(checkpoint)
+
+
+def _catalogue(export: Export, checkpoint: Checkpoint) -> Catalogue:
+    """The catalogue of the checkpoint's codebook with every item that arrived since."""
+    from streaming.store import Reader
+    from trainer.items import load_catalogue, refresh_catalogue
+
+    state = export.state or state_of_run(export.run_dir)
+    try:
+        base = load_catalogue(state, checkpoint.codebook_version)
+    except UserError:
+        bundle.check_codebooks(checkpoint.codebook_version, load_catalogue(state).version)
+        raise
+    with Reader(state) as reader:
+        catalogue = refresh_catalogue(state, reader, base)
+    bundle.check_codebooks(checkpoint.codebook_version, catalogue.version)
+    return catalogue
+
+
+def _expected(snapshot: Snapshot, history: list[int], served: Beams) -> Expected:
+    """The longest parity history and its best sessions, as item ids."""
+    leaves = served.leaves[-1]
+    best = leaves[leaves[:, 0] >= 0][:2]
+    if not len(best):
+        raise UserError(
+            f"the catalogue of {snapshot.trie.items} items is too small for a session of {leaves.shape[1]}; add items"
+        )
+    return Expected(
+        history=[snapshot.item_ids[row] for row in history],
+        sessions=[[snapshot.item_ids[row] for row in rows] for rows in snapshot.trie.session_rows(best).tolist()],
+    )

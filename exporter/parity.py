@@ -1,0 +1,68 @@
+"""The graph against torch: the same sessions in the same order, checked before a version is shown to anyone."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+from numpy.typing import NDArray
+
+from exporter.bundle import Parity, Snapshot
+from onerec.errors import Failure
+from serving_config.recommend.engine import Beams, pad
+from trainer.config import ModelConfig
+
+if TYPE_CHECKING:
+    from trainer.model import OneRec
+
+PARITY_LENGTHS = (0, 1, 20)
+SCORE_TOLERANCE = 1e-3
+"""Largest difference between the scores of torch and of the graph, in nats over a session's ~15 codes."""
+
+
+def parity_rows(snapshot: Snapshot, config: ModelConfig) -> list[list[int]]:
+    """Catalogue rows of a few histories of different lengths, the empty one first; the same for the same catalogue."""
+    items = snapshot.trie.items
+    lengths = [min(length, items, config.history_length) for length in PARITY_LENGTHS]
+    return [[int(row) for row in np.linspace(0, items - 1, length)] for length in lengths]
+
+
+def torch_beams(
+    model: OneRec, snapshot: Snapshot, histories: list[NDArray[np.int64]], width: int
+) -> Beams:
+    """The same search in torch, the reference."""
+    import torch
+
+    from trainer.beam import beam_search, trie_tensors
+
+    codes, mask = pad(histories, snapshot.trie.levels)
+    found = beam_search(
+        model, trie_tensors(snapshot.trie), torch.from_numpy(codes), torch.from_numpy(mask), width=width
+    )
+    return Beams(found.leaves.numpy(), found.scores.numpy())
+
+
+def compare(reference: Beams, served: Beams) -> Parity:
+    """Check that the graph finds torch's sessions in torch's order, equals within SCORE_TOLERANCE interchangeable.
+
+    Raises Failure naming the first difference.
+    """
+    sessions, largest = 0, 0.0
+    for row in range(len(reference.leaves)):
+        live = reference.leaves[row, :, 0] >= 0
+        if not np.array_equal(live, served.leaves[row, :, 0] >= 0):
+            raise Failure(f"parity: torch finds {live.sum()} sessions for history {row}, the graph another number")
+        scores = reference.scores[row, live].astype(np.float64)
+        difference = np.abs(scores - served.scores[row, live])
+        largest = max(largest, float(difference.max(initial=0.0)))
+        if largest > SCORE_TOLERANCE:
+            raise Failure(f"parity: scores of history {row} differ by {largest:.2g} between torch and the graph")
+        gaps = np.abs(np.diff(scores))
+        tied = np.append(gaps <= SCORE_TOLERANCE, True) | np.append(False, gaps <= SCORE_TOLERANCE)
+        # The last beam's neighbour was cut off, so it may be tied with one that is not here: only its score is checked.
+        same = (reference.leaves[row, live] == served.leaves[row, live]).all(axis=1)
+        if not (same | tied[: len(same)]).all():
+            place = int(np.flatnonzero(~(same | tied[: len(same)]))[0])
+            raise Failure(f"parity: session {place + 1} of history {row} differs between torch and the graph")
+        sessions += int(live.sum())
+    return Parity(histories=len(reference.leaves), sessions=sessions, score_difference=largest)
