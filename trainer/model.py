@@ -6,17 +6,20 @@ P cached and Q new decoder positions, H heads, dh width of a head, d width of th
 
 from __future__ import annotations
 
-import math
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from trainer.attention import CrossAttention, KeyValue, PositionBias, Scores, SelfAttention, score_bias
 from trainer.config import ModelConfig
-from trainer.moe import MoE, Routing, balance_loss, load
+from trainer.moe import MoE, Routing, balance_loss, load, of_tokens
+from trainer.norm import RMSNorm
+from trainer.packing import pack
 
-KeyValue = tuple[Tensor, Tensor]  # k, v: [rows, H, positions, dh]
+__all__ = ["BALANCE_WEIGHT", "Batch", "KeyValue", "OneRec"]
 
 BALANCE_WEIGHT = 0.01
 
@@ -30,70 +33,11 @@ class Batch(NamedTuple):
     target_mask: Tensor  # bool [B, m], True = real
 
 
-class RMSNorm(nn.Module):
-    """T5's layer norm: no mean, no bias; computed in fp32."""
-
-    def __init__(self, width: int, eps: float = 1e-6) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.ones(width))
-        self.eps = eps
-
-    def forward(self, x: Tensor) -> Tensor:
-        """`x / rms(x) · weight` over the last axis."""
-        wide = x.float()
-        scale = torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.eps)
-        return (wide * scale).to(x.dtype) * self.weight
-
-
-def relative_bucket(distance: int, *, bidirectional: bool, buckets: int, max_distance: int) -> int:
-    """T5's bucket of a key `distance` positions after the query: exact when near, logarithmic when far."""
-    offset = 0
-    if bidirectional:
-        buckets //= 2
-        offset = buckets if distance > 0 else 0
-        distance = abs(distance)
-    else:
-        distance = max(-distance, 0)
-    exact = buckets // 2
-    if distance < exact:
-        return offset + distance
-    far = exact + int(math.log(distance / exact) / math.log(max_distance / exact) * (buckets - exact))
-    return offset + min(far, buckets - 1)
-
-
-class PositionBias(nn.Module):
-    """T5's relative position bias, one table for all layers of a stack."""
-
-    bucket_of: Tensor
-
-    def __init__(self, config: ModelConfig, *, bidirectional: bool) -> None:
-        super().__init__()
-        self.reach = config.relative_max_distance
-        self.table = nn.Parameter(torch.zeros(config.relative_buckets, config.heads))
-        # Looked up, not computed: a logarithm may round differently in another runtime and move a bucket's border.
-        buckets = [
-            relative_bucket(
-                distance, bidirectional=bidirectional, buckets=config.relative_buckets, max_distance=self.reach
-            )
-            for distance in range(-self.reach, self.reach + 1)
-        ]
-        self.register_buffer("bucket_of", torch.tensor(buckets), persistent=False)
-
-    def forward(self, queries: Tensor, keys: Tensor) -> Tensor:
-        """Bias `[H, Q, S]` between positions `queries [Q]` and `keys [S]`."""
-        distance = (keys.unsqueeze(0) - queries.unsqueeze(1)).clamp(-self.reach, self.reach)
-        return self.table[self.bucket_of[distance + self.reach]].permute(2, 0, 1)
-
-
-def attend(query: Tensor, key: Tensor, value: Tensor, bias: Tensor) -> Tensor:
-    """softmax(q kᵀ / √dh + bias) v; `bias` broadcasts to `[rows, H, Q, S]` and is hugely negative where forbidden."""
-    scores = torch.matmul(query, key.transpose(-1, -2)) * query.shape[-1] ** -0.5 + bias
-    return torch.matmul(torch.softmax(scores.float(), dim=-1).to(value.dtype), value)
-
-
-def forbidden(mask: Tensor, dtype: torch.dtype) -> Tensor:
-    """0 where `mask` is True, a value that no score outweighs (and fp16 can hold) where it is False."""
-    return mask.logical_not().to(dtype) * -3e4
+def newest_first(history_mask: Tensor, levels: int) -> Tensor:
+    """Index `[B, T, L]` for `gather` that turns right-padded rows of length n around: n - 1 .. 0, then 0."""
+    lengths = history_mask.sum(1, keepdim=True)
+    index = (lengths - 1 - torch.arange(history_mask.shape[1], device=history_mask.device)).clamp(min=0)
+    return index.unsqueeze(-1).expand(-1, -1, levels)
 
 
 class FeedForward(nn.Module):
@@ -109,50 +53,6 @@ class FeedForward(nn.Module):
         return self.w2(F.relu(self.w1(x)))
 
 
-class SelfAttention(nn.Module):
-    """Multi-head self-attention with an optional cache of earlier keys and values."""
-
-    def __init__(self, config: ModelConfig) -> None:
-        super().__init__()
-        self.heads = config.heads
-        self.qkv = nn.Linear(config.d_model, 3 * config.d_model, bias=False)
-        self.out = nn.Linear(config.d_model, config.d_model, bias=False)
-
-    def forward(self, x: Tensor, bias: Tensor, past: KeyValue | None = None) -> tuple[Tensor, KeyValue]:
-        """Output `[B, Q, d]` and keys and values `[B, H, P + Q, dh]` of cache and `x [B, Q, d]`."""
-        rows, length, width = x.shape
-        q, k, v = self.qkv(x).view(rows, length, 3, self.heads, width // self.heads).permute(2, 0, 3, 1, 4).unbind(0)
-        if past is not None:
-            k, v = torch.cat((past[0], k), dim=2), torch.cat((past[1], v), dim=2)
-        mixed = attend(q, k, v, bias)
-        return self.out(mixed.transpose(1, 2).reshape(rows, length, width)), (k, v)
-
-
-class CrossAttention(nn.Module):
-    """Attention to the encoder's output; no position bias. Keys and values are made once and shared by all beams."""
-
-    def __init__(self, config: ModelConfig) -> None:
-        super().__init__()
-        self.heads = config.heads
-        self.query = nn.Linear(config.d_model, config.d_model, bias=False)
-        self.key_value = nn.Linear(config.d_model, 2 * config.d_model, bias=False)
-        self.out = nn.Linear(config.d_model, config.d_model, bias=False)
-
-    def project(self, memory: Tensor) -> KeyValue:
-        """Keys and values `[B, H, S, dh]` of `memory [B, S, d]`."""
-        rows, length, width = memory.shape
-        pair = self.key_value(memory).view(rows, length, 2, self.heads, width // self.heads)
-        k, v = pair.permute(2, 0, 3, 1, 4).unbind(0)
-        return k, v
-
-    def forward(self, x: Tensor, cross: KeyValue, bias: Tensor) -> Tensor:
-        """`x [B·W, Q, d]` against the keys of B users: W beams of a user are more queries to the same memory."""
-        users, width = cross[0].shape[0], x.shape[-1]
-        q = self.query(x).reshape(users, -1, self.heads, width // self.heads).transpose(1, 2)
-        mixed = attend(q, cross[0], cross[1], bias)
-        return self.out(mixed.transpose(1, 2).reshape(x.shape))
-
-
 class EncoderLayer(nn.Module):
     """Pre-norm self-attention and dense FFN."""
 
@@ -163,7 +63,7 @@ class EncoderLayer(nn.Module):
         self.ffn_norm = RMSNorm(config.d_model)
         self.ffn = FeedForward(config.d_model, config.d_ff)
 
-    def forward(self, x: Tensor, bias: Tensor) -> Tensor:
+    def forward(self, x: Tensor, bias: Scores) -> Tensor:
         """`x [B, S, d]` -> `[B, S, d]`."""
         x = x + self.attention(self.attention_norm(x), bias)[0]
         return x + self.ffn(self.ffn_norm(x))
@@ -184,10 +84,10 @@ class DecoderLayer(nn.Module):
     def forward(
         self,
         x: Tensor,
-        bias: Tensor,
+        bias: Scores,
         past: KeyValue | None,
         cross: KeyValue,
-        cross_bias: Tensor,
+        cross_bias: Scores,
         routings: list[Routing] | None = None,
     ) -> tuple[Tensor, KeyValue]:
         """`x [rows, Q, d]` -> `[rows, Q, d]` and the longer cache."""
@@ -254,25 +154,52 @@ class OneRec(nn.Module):
         item is, at any length, and attention is never over nothing.
         """
         users, items, levels = history.shape
-        lengths = history_mask.sum(1, keepdim=True)
-        newest_first = (lengths - 1 - torch.arange(items, device=history.device)).clamp(min=0)
-        history = torch.gather(history, 1, newest_first.unsqueeze(-1).expand(-1, -1, levels))
-        codes = torch.stack([self.embed_code(level, history[:, :, level]) for level in range(levels)], dim=2)
-        if self.config.history_tokens == "item":
-            tokens, mask = codes.sum(2), history_mask
-        else:
-            tokens, mask = codes.flatten(1, 2), history_mask.repeat_interleave(levels, dim=1)
+        tokens = self._history_tokens(torch.gather(history, 1, newest_first(history_mask, levels)))
+        mask = history_mask.repeat_interleave(tokens.shape[1] // items, dim=1)
         x = torch.cat((self.no_history.expand(users, 1, -1), tokens), dim=1)
         memory_mask = torch.cat((torch.ones_like(mask[:, :1]), mask), dim=1)
+        return self._encoder_stack(x, memory_mask[:, None, None, :]), memory_mask
+
+    def _history_tokens(self, history: Tensor) -> Tensor:
+        """Input vectors `[..., T, d]` of items `[..., T, L]`, or of their codes, `[..., T · L, d]`."""
+        codes = torch.stack([self.embed_code(level, codes) for level, codes in enumerate(history.unbind(-1))], dim=-2)
+        return codes.sum(-2) if self.config.history_tokens == "item" else codes.flatten(-3, -2)
+
+    def _encoder_stack(self, x: Tensor, mask: Tensor) -> Tensor:
+        """All layers over `x [R, S, d]`; `mask` (True = may attend) broadcasts to `[R, H, S, S]`."""
         positions = torch.arange(x.shape[1], device=x.device)
-        bias = self.encoder_bias(positions, positions) + forbidden(memory_mask, x.dtype)[:, None, None, :]
+        bias = score_bias(self.encoder_bias(positions, positions), mask, x.dtype)
         for layer in self.encoder:
             x = layer(x, bias)
-        return self.encoder_norm(x), memory_mask
+        return self.encoder_norm(x)
+
+    def _encode_packed(self, history: Tensor, history_mask: Tensor) -> tuple[list[KeyValue], Tensor]:
+        """What `cross_kv(encode(...))` gives, computed without the padding; not for export (the shapes are data)."""
+        lengths = history_mask.sum(1).cpu().numpy()
+        ordered = torch.gather(history, 1, newest_first(history_mask, history.shape[2]))
+        tokens = self._history_tokens(ordered[history_mask])
+        lengths = 1 + lengths * (1 if self.config.history_tokens == "item" else self.config.levels)
+        packing = pack(lengths, int(lengths.max()))
+        # Sequence-major numbers of the tokens -> rows of [no history, tokens...].
+        first = np.zeros(lengths.sum(), bool)
+        first[np.cumsum(lengths) - lengths] = True
+        row_of = np.where(first, 0, np.cumsum(~first))
+        source, owner, place = (
+            torch.from_numpy(array).to(history.device) for array in (row_of[packing.source], packing.owner, packing.place)
+        )
+        x = F.embedding(source, torch.cat((self.no_history.unsqueeze(0), tokens)))
+        together = owner.unsqueeze(2) == owner.unsqueeze(1)
+        memory = self._encoder_stack(x, together.unsqueeze(1))
+        cross = [layer.cross_attention.project(memory, place) for layer in self._decoder_layers()]
+        inside = torch.arange(place.shape[1]) < torch.from_numpy(lengths).unsqueeze(1)
+        return cross, inside.to(history.device)
+
+    def _decoder_layers(self) -> list[DecoderLayer]:
+        return cast("list[DecoderLayer]", list(self.decoder))
 
     def cross_kv(self, memory: Tensor) -> list[KeyValue]:
         """Keys and values `[B, H, S, dh]` of `memory [B, S, d]` for each decoder layer; once a request."""
-        return [layer.cross_attention.project(memory) for layer in self.decoder]
+        return [layer.cross_attention.project(memory) for layer in self._decoder_layers()]
 
     def decode(
         self,
@@ -293,8 +220,8 @@ class OneRec(nn.Module):
         total = positions.shape[0] + (0 if self_kv is None else self_kv[0][0].shape[2])
         keys = torch.arange(total, device=x.device)
         causal = keys.unsqueeze(0) <= positions.unsqueeze(1)
-        bias = self.decoder_bias(positions, keys) + forbidden(causal, x.dtype)
-        cross_bias = forbidden(memory_mask, x.dtype)[:, None, None, :]
+        bias = score_bias(self.decoder_bias(positions, keys), causal, x.dtype)
+        cross_bias = score_bias(None, memory_mask[:, None, None, :], x.dtype)
         present = []
         for number, layer in enumerate(self.decoder):
             past = None if self_kv is None else self_kv[number]
@@ -326,10 +253,10 @@ class OneRec(nn.Module):
     ) -> Tensor:
         """Hidden states `[B, m, L, d]` before each target code."""
         users, items, levels = targets.shape
-        memory, memory_mask = self.encode(history, history_mask)
+        cross, memory_mask = self._encode_packed(history, history_mask)
         x = self.session_embedded(targets)
         positions = torch.arange(x.shape[1], device=x.device)
-        hidden, _ = self.decode(x, positions, None, self.cross_kv(memory), memory_mask, routings)
+        hidden, _ = self.decode(x, positions, None, cross, memory_mask, routings)
         return F.pad(hidden, (0, 0, 0, 1)).view(users, items, levels + 1, -1)[:, :, :levels]
 
     def token_logits(self, history: Tensor, history_mask: Tensor, targets: Tensor, target_mask: Tensor) -> Tensor:
@@ -345,18 +272,19 @@ class OneRec(nn.Module):
         routings: list[Routing] = []
         hidden = self._target_hidden(batch.history, batch.history_mask, batch.targets, routings)
         keep = batch.target_mask
+        real, codes = hidden[keep], batch.targets[keep]
         level_ntp = torch.stack(
-            [
-                F.cross_entropy(self.head(level, hidden[:, :, level][keep]).float(), batch.targets[:, :, level][keep])
-                for level in range(self.config.levels)
-            ]
+            [F.cross_entropy(self.head(level, real[:, level]).float(), codes[:, level]) for level in range(self.config.levels)]
         )
         ntp = level_ntp.mean()
+        if not keep.all():
+            positions = keep.repeat_interleave(self.config.levels + 1, dim=1)[:, :-1].flatten()
+            routings = [of_tokens(routing, positions) for routing in routings]
         balance = torch.stack([balance_loss(routing) for routing in routings]).mean()
         stats = {
             "ntp": ntp.detach(),
             "level_ntp": level_ntp.detach(),
-            "tokens": int(keep.sum()) * self.config.levels,
+            "tokens": codes.numel(),
             "balance": balance.detach(),
             "expert_load": torch.stack([load(routing) for routing in routings]),
         }

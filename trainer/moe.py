@@ -5,7 +5,7 @@ Shapes: N tokens, d model width, E experts, k chosen experts a token, f width of
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -35,7 +35,8 @@ class MoE(nn.Module):
 
     def route(self, x: Tensor) -> Routing:
         """Gates of `x [N, d]`: softmax over all experts, then the k largest as they are (eq. 2)."""
-        probabilities = torch.softmax(F.linear(x, self.router).float(), dim=-1)
+        logits = F.linear(x, self.router)
+        probabilities = torch.softmax(logits.to(torch.promote_types(x.dtype, torch.float32)), dim=-1)
         gates, experts = torch.topk(probabilities, self.top_k, dim=-1)
         return Routing(probabilities, gates, experts)
 
@@ -50,7 +51,7 @@ class MoE(nn.Module):
         routing = self.route(flat)
         if routings is not None:
             routings.append(routing)
-        return self._grouped(flat, routing).reshape(x.shape)
+        return _Experts.apply(flat, routing.gates, routing.experts, self.w1, self.w2).view(x.shape)
 
     def _symbolic(self, x: Tensor) -> Tensor:
         mixed = torch.onnx.ops.symbolic(
@@ -65,27 +66,68 @@ class MoE(nn.Module):
         # (onnxruntime 1.31.1: silently wrong). A reader of `x` behind the node forbids that.
         return torch.where(torch.ones(1, dtype=torch.bool, device=x.device), mixed, x)
 
-    def _grouped(self, x: Tensor, routing: Routing) -> Tensor:
-        order = torch.argsort(routing.experts.flatten(), stable=True)
-        counts = torch.bincount(routing.experts.flatten(), minlength=self.router.shape[0]).tolist()
-        rows = x[order // self.top_k].split(counts)
-        outputs = [
-            F.linear(F.relu(F.linear(part, w1)), w2)
-            for part, w1, w2 in zip(rows, self.w1.unbind(0), self.w2.unbind(0), strict=True)
-        ]
+
+class _Experts(torch.autograd.Function):
+    """Σ_k gate · w2[e] relu(w1[e] x) over tokens sorted by expert: each expert is two matrix products.
+
+    Left to autograd, each `w1[e]` of the loop gets a gradient tensor of all experts. Gathers only, no atomic adds, so
+    that the same input gives the same bytes.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, gates: Tensor, experts: Tensor, w1: Tensor, w2: Tensor) -> Tensor:
+        top_k = experts.shape[1]
+        order = torch.argsort(experts.flatten(), stable=True)
+        counts = torch.bincount(experts.flatten(), minlength=w1.shape[0]).tolist()
         back = torch.empty_like(order)
-        back[order] = torch.arange(len(order))
-        chosen = torch.cat(outputs)[back].view(*routing.gates.shape, -1)
-        return (chosen * routing.gates.to(x.dtype).unsqueeze(-1)).sum(1)
+        back[order] = torch.arange(len(order), device=order.device)
+        token = order // top_k
+        rows = x[token]
+        hidden = rows.new_empty(len(rows), w1.shape[1])
+        answers = torch.empty_like(rows)
+        for expert, (part, inner, answer) in enumerate(
+            zip(rows.split(counts), hidden.split(counts), answers.split(counts), strict=True)
+        ):
+            torch.mm(part, w1[expert].t(), out=inner)
+            torch.mm(inner.relu_(), w2[expert].t(), out=answer)
+        ctx.save_for_backward(rows, hidden, answers, gates, order, back, w1, w2)
+        ctx.counts = counts
+        return (answers[back].view(-1, top_k, x.shape[1]) * gates.to(x.dtype).unsqueeze(-1)).sum(1)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        rows, hidden, answers, gates, order, back, w1, w2 = ctx.saved_tensors
+        counts, top_k = ctx.counts, gates.shape[1]
+        d_out = gradients[0][order // top_k]
+        d_gates = (d_out * answers).sum(-1, dtype=gates.dtype)[back].view(gates.shape)
+        d_answers = d_out * gates.flatten()[order].to(d_out.dtype).unsqueeze(-1)
+        d_w1, d_w2, d_rows = torch.empty_like(w1), torch.empty_like(w2), torch.empty_like(rows)
+        parts = (tensor.split(counts) for tensor in (rows, hidden, d_answers, d_rows))
+        for expert, (part, inner, d_answer, d_part) in enumerate(zip(*parts, strict=True)):
+            torch.mm(d_answer.t(), inner, out=d_w2[expert])
+            d_inner = torch.ops.aten.threshold_backward(d_answer @ w2[expert], inner, 0)
+            torch.mm(d_inner.t(), part, out=d_w1[expert])
+            torch.mm(d_inner, w1[expert], out=d_part)
+        d_x = d_rows[back].view(-1, top_k, rows.shape[1]).sum(1)
+        return d_x, d_gates, None, d_w1, d_w2
 
 
-def balance_loss(routing: Routing) -> Tensor:
-    """E · Σ_e f_e · P_e, 1 at perfect balance: f the share of assignments, P the mean probability (Switch, eq. 4)."""
-    experts = routing.probabilities.shape[-1]
-    return experts * (load(routing) * routing.probabilities.mean(0)).sum()
+def of_tokens(routing: Routing, real: Tensor) -> Routing:
+    """The routing of the tokens where `real` (bool `[N]`) is True; padding must not count as load."""
+    return Routing(*(part[real] for part in routing))
 
 
 def load(routing: Routing) -> Tensor:
     """Share of assignments that each expert got, `[E]` fp32, summing to 1."""
     counts = torch.bincount(routing.experts.flatten(), minlength=routing.probabilities.shape[-1])
     return counts.float() / max(1, routing.experts.numel())
+
+
+def balance_loss(routing: Routing) -> Tensor:
+    """E · Σ_e f_e · P_e, 1 at perfect balance: f the share of assignments, P the mean probability.
+
+    The auxiliary loss of Switch Transformers (arXiv 2101.03961, eq. 4). It changes how the router learns and leaves
+    eq. 2 itself as it is; a selection bias (DeepSeek-V3) would have to be carried into the exported graph's top-k.
+    """
+    experts = routing.probabilities.shape[-1]
+    return experts * (load(routing) * routing.probabilities.mean(0)).sum()
