@@ -79,7 +79,7 @@ def array_bytes(array: NDArray[Any]) -> bytes:
 def write_version(state_dir: Path, manifest: Manifest, files: dict[str, bytes]) -> None:
     """Put a version in place and make it current; killed at any moment, the old catalogue or the new one is there.
 
-    A version that is there already, whole, stays with its journal of new items. Raises Failure if the disk refuses.
+    A version whose files are there already, whole, keeps its journal of new items. Raises Failure if the disk refuses.
     """
     root = folder_of(state_dir)
     target = root / manifest.version
@@ -93,6 +93,7 @@ def write_version(state_dir: Path, manifest: Manifest, files: dict[str, bytes]) 
         for name, data in {**files, "manifest.json": orjson.dumps(msgspec.to_builtins(manifest))}.items():
             _write_synced(staging / name, data)
         if _is_whole(target, digests):
+            os.replace(staging / "manifest.json", target / "manifest.json")
             shutil.rmtree(staging)
         else:
             if target.exists():
@@ -226,8 +227,6 @@ def _sync_folder(path: Path) -> None:
 
 def _is_whole(folder: Path, digests: dict[str, str]) -> bool:
     """Whether a version lies there already with these very files, so that its journal goes on counting."""
-    if not (folder / "manifest.json").is_file():
-        return False
     try:
         return all(hashlib.sha256((folder / name).read_bytes()).hexdigest() == digest
                    for name, digest in digests.items())

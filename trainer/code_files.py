@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import csv
 import dataclasses
+import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import orjson
 from numpy.typing import NDArray
 
 from onerec.errors import UserError
@@ -73,20 +74,18 @@ def _json_rows(path: Path) -> Iterator[tuple[str, Any, Any]]:
     """One object for all items; its entries have no line numbers, so they are counted."""
     try:
         pairs = _ordered_pairs(path.read_bytes())
-    except (orjson.JSONDecodeError, UnicodeDecodeError) as error:
-        place = f" line {error.lineno}" if isinstance(error, orjson.JSONDecodeError) else ""
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        place = f" line {error.lineno}" if isinstance(error, json.JSONDecodeError) else ""
         raise UserError(f"codes {path}{place} is not JSON: {error}; write {EXPECTED}") from None
     for number, (item, value) in enumerate(pairs, 1):
         yield f"entry {number}", item, value
 
 
 def _ordered_pairs(data: bytes) -> list[tuple[str, Any]]:
-    """The object's pairs with repeated keys kept, so that an item named twice is seen (orjson keeps the last)."""
-    import json
-
+    """The object's pairs with repeated keys kept, so that an item named twice is seen."""
     value = json.loads(data.decode("utf-8-sig"), object_pairs_hook=list)
     if not isinstance(value, list) or not all(isinstance(pair, tuple) for pair in value):
-        raise orjson.JSONDecodeError("one object of items is expected", "", 0)
+        raise json.JSONDecodeError("one object of items is expected", "", 0)
     return value
 
 
@@ -99,8 +98,6 @@ def _line_rows(path: Path) -> Iterator[tuple[str, Any, Any]]:
 
 def _csv_rows(path: Path) -> Iterator[tuple[str, Any, Any]]:
     """`item_id,c1,c2,…`, or `item_id,codes` with the codes apart by spaces, commas, or in brackets."""
-    import csv
-
     with path.open(encoding="utf-8-sig", newline="") as file:
         reader = csv.reader(file)
         try:

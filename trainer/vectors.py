@@ -66,7 +66,8 @@ def check_vector(value: Any, dimension: int | None, place: str) -> NDArray[np.fl
     if value is None:
         raise UserError(f"{place} has no vector; add its embedding or take the item out of the file")
     try:
-        vector = np.asarray(value, np.float32)
+        with np.errstate(over="ignore"):
+            vector = np.asarray(value, np.float32)
     except (TypeError, ValueError, OverflowError):
         raise UserError(f"{place}: the embedding is not a list of numbers; write it as [0.1, -0.2, …]") from None
     if vector.ndim != 1 or not 1 <= len(vector) <= MAX_DIMENSION:
@@ -124,7 +125,7 @@ def _from_npy(path: Path) -> VectorTable:
     ids_path = path.with_suffix(".ids.txt")
     try:
         vectors = np.load(path, allow_pickle=False)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, EOFError) as error:
         raise UserError(f"vectors {path}: not a readable .npy array: {error}") from None
     if vectors.ndim != 2 or not np.issubdtype(vectors.dtype, np.number) or np.iscomplexobj(vectors):
         raise UserError(f"vectors {path}: {vectors.dtype} of shape {list(vectors.shape)}; give numbers [items, d]")
