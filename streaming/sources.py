@@ -27,6 +27,7 @@ BLOCK: Final = 4 << 20
 KEPT_OF_A_LONG_LINE: Final = 16 << 20
 HEAD_BYTES: Final = 64 << 10
 BATCH_ROWS: Final = 8_192
+PARQUET_ROWS: Final = 262_144
 INTERACTIONS: Final = tuple(name for name in KINDS if name not in ("watch", "item"))
 KUAIRAND: Final = {
     "user_id": "user_id", "video_id": "item_id", "time_ms": "ts", "play_time_ms": "watch_ms", "duration_ms": "duration_ms",
@@ -444,29 +445,31 @@ class Csv(Table):
 
 
 class Parquet(Table):
-    """A Parquet file; read by column batches, so that a large file needs little memory."""
+    """A Parquet file, read a slice of rows at a time, so that a large one needs little memory."""
 
     def __init__(self, name: str, stream: Tracked, start: Position, mapping: Mapping[str, str]) -> None:
-        import pyarrow
-        import pyarrow.parquet
+        import polars
 
         super().__init__(name, stream, start, mapping)
         if name == "-":
             raise UserError("standard input cannot be Parquet, which is read from its end; give the file's name")
+        self._table = polars.scan_parquet(name)
         try:
-            self._file = pyarrow.parquet.ParquetFile(name)
-        except (pyarrow.ArrowException, OSError) as error:
+            self._columns = self._table.collect_schema().names()
+        except (polars.exceptions.PolarsError, OSError) as error:
             raise UserError(f"{name} is no whole Parquet file: {error}") from None
 
     def columns(self) -> list[str]:
         """Top-level columns."""
-        return list(self._file.schema_arrow.names)
+        return self._columns
 
     def rows(self) -> Iterator[tuple[bytes, dict[str, Any] | None]]:
         """Rows as Python values; their bytes are the row as JSON."""
-        for batch in self._file.iter_batches(batch_size=BATCH_ROWS):
-            for row in batch.to_pylist():
+        offset = 0
+        while len(part := self._table.slice(offset, PARQUET_ROWS).collect()):
+            for row in part.iter_rows(named=True):
                 yield orjson.dumps(row, default=str), row
+            offset += len(part)
 
 
 class Seeds(Source):
