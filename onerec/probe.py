@@ -5,17 +5,18 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple, TypeVar
+from typing import TYPE_CHECKING, NamedTuple, TypeVar
 
 import msgspec
 
 from onerec.errors import OneRecError
 from onerec.freshness import Watermarks
 
+if TYPE_CHECKING:
+    from exporter.bundle import Manifest
+
 T = TypeVar("T")
 
-PROBE_USER = "onerec-status"
-"""Asked for at the server: a user without history, whom every version answers."""
 ANSWER_SECONDS = 5.0
 
 
@@ -69,16 +70,26 @@ def trained_mark(run: Path) -> Mark:
     return Mark(steps[-1], record["watermark"])
 
 
-def exported_mark(repository: Path) -> Mark:
-    """The newest version in the repository."""
+def _newest_manifest(repository: Path) -> Manifest | None:
+    """The manifest of the newest version in the repository."""
     from exporter.bundle import read_manifest
     from exporter.triton_config import MODEL_NAME
 
     model = repository / MODEL_NAME
     versions = [int(entry.name) for entry in model.iterdir() if entry.name.isdigit()] if model.is_dir() else []
-    if not versions:
-        return Mark()
-    return Mark(max(versions), read_manifest(model / str(max(versions))).watermark)
+    return read_manifest(model / str(max(versions))) if versions else None
+
+
+def exported_mark(repository: Path) -> Mark:
+    """The newest version in the repository."""
+    manifest = _newest_manifest(repository)
+    return Mark() if manifest is None else Mark(manifest.version, manifest.watermark)
+
+
+def exported_step(repository: Path) -> int | None:
+    """The training step that the newest version was made of."""
+    manifest = _newest_manifest(repository)
+    return None if manifest is None else manifest.step
 
 
 def served_mark(server: str) -> Mark:
@@ -86,7 +97,7 @@ def served_mark(server: str) -> Mark:
     from exporter.client import Client
 
     with Client(server, timeout=ANSWER_SECONDS) as client:
-        answer = client.recommend(user_id=PROBE_USER)
+        answer = client.recommend(history=[])
         return Mark(answer.model_version, answer.watermark)
 
 

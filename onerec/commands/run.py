@@ -59,17 +59,26 @@ class _News:
 
     def __init__(self, state: Path, run_dir: Path, repository: Path) -> None:
         self._state, self._run_dir, self._repository = state, run_dir, repository
-        self._asked: tuple[int | None, int] | None = None
+        self._asked: tuple[int, int] | None = None
+        self._published: tuple[int, int] | None = None
         self._version_then: int | None = None
 
     def __call__(self) -> bool:
-        from onerec.probe import exported_mark, trained_mark
+        from onerec.probe import exported_mark, exported_step, trained_mark
         from streaming.store import Reader
 
+        step = trained_mark(self._run_dir).number
+        if step is None:
+            return False
         with Reader(self._state) as reader:
-            now = trained_mark(self._run_dir).number, reader.progress().item_sequence
+            now = step, reader.progress().item_sequence
         version = exported_mark(self._repository).number
-        if now == self._asked and version != self._version_then:
+        if self._published is None and exported_step(self._repository) == step:
+            self._published = now
+        # A publish that failed left the version as it was: there is still something to publish.
+        if self._asked is not None and version != self._version_then:
+            self._published = self._asked
+        if now == self._published:
             return False
         self._asked, self._version_then = now, version
         return True
@@ -111,6 +120,8 @@ def run(
     duration: Annotated[float | None, typer.Option(help="Stop after so many seconds; default: run until stopped.",
                                                    show_default=False)] = None,
     preset: Annotated[str, typer.Option(help="Model size, as for `onerec train`.")] = "tiny",
+    server: Annotated[str | None, typer.Option(help="Publish to this Triton (gRPC, host:port) instead of starting one.",
+                                               show_default=False)] = None,
     http_port: Annotated[int, typer.Option(help="Triton's HTTP port; 0 takes a free one.")] = 8000,
     grpc_port: Annotated[int, typer.Option(help="Triton's gRPC port; 0 takes a free one.")] = 8001,
     metrics_port: Annotated[int, typer.Option(help="Triton's metrics port; 0 takes a free one.")] = 8002,
@@ -135,7 +146,8 @@ def run(
     if publish_every <= 0 or (duration is not None and duration <= 0) or (speed is not None and speed <= 0):
         raise UserError("run: --publish-every, --duration and --speed must be greater than 0")
     load_config(config, settings)
-    ports = choose_ports(Ports(http=http_port, grpc=grpc_port, metrics=metrics_port))
+    ports = None if server else choose_ports(Ports(http=http_port, grpc=grpc_port, metrics=metrics_port))
+    address = f"{ports.host}:{ports.grpc}" if ports else str(server)
     for folder in (run_dir, repository):
         try:
             folder.mkdir(parents=True, exist_ok=True)
@@ -148,7 +160,7 @@ def run(
     supervisor: Supervisor
     jobs = _jobs(
         files=files or [], state=state, run_dir=run_dir, repository=repository, items=items, simulate=simulate,
-        replay_options=replay, shared=shared, preset=preset, ports=ports, publish_every=publish_every,
+        replay_options=replay, shared=shared, preset=preset, ports=ports, address=address, publish_every=publish_every,
         done=lambda name: supervisor.done(name),
     )
     began = time.monotonic()
@@ -163,14 +175,15 @@ def run(
 
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, ask_to_stop)
-    say(f"gRPC {ports.host}:{ports.grpc}, HTTP {ports.host}:{ports.http}, logs in {run_dir / 'logs'}; Ctrl-C stops")
+    http = f", HTTP {ports.host}:{ports.http}" if ports else ""
+    say(f"Triton gRPC {address}{http}; logs in {run_dir / 'logs'}; Ctrl-C stops")
     next_status = began + STATUS_SECONDS
     with Supervisor(jobs, run_dir / "logs", say=say) as supervisor:
         while not stopped and (duration is None or time.monotonic() - began < duration):
             supervisor.step()
             if time.monotonic() >= next_status:
-                server = f"{ports.host}:{ports.grpc}" if "serve" in supervisor.pids() else None
-                found = probe(state, run_dir, repository, server)
+                serves = ports is None or "serve" in supervisor.pids()
+                found = probe(state, run_dir, repository, address if serves else None)
                 say(_status_line(found, chain(found.watermarks, int(time.time() * 1000))))
                 next_status = time.monotonic() + STATUS_SECONDS
             time.sleep(0.1)
@@ -179,8 +192,8 @@ def run(
 
 
 def _jobs(*, files: list[Path], state: Path, run_dir: Path, repository: Path, items: Path | None, simulate: bool,
-          replay_options: list[str], shared: list[str], preset: str, ports: Ports, publish_every: float,
-          done: Callable[[str], bool]) -> list[Job]:
+          replay_options: list[str], shared: list[str], preset: str, ports: Ports | None, address: str,
+          publish_every: float, done: Callable[[str], bool]) -> list[Job]:
     """The children of `onerec run`, each with what it waits for."""
     from onerec.probe import trained_mark
     from onerec.supervisor import Job
@@ -199,7 +212,6 @@ def _jobs(*, files: list[Path], state: Path, run_dir: Path, repository: Path, it
     if items:
         inputs += ["--items", items]
     catalogue = state / "catalogue"
-    served = f"{ports.host}:{ports.grpc}"
     news = _News(state, run_dir, repository)
     jobs += [
         Job(name="replay", kind="once", ready=lambda: files[0].exists() or not simulate,
@@ -209,16 +221,20 @@ def _jobs(*, files: list[Path], state: Path, run_dir: Path, repository: Path, it
             command=command("items", "--state", state, *shared)),
         Job(name="train", ready=lambda: done("items"),
             command=command("train", "--state", state, "--run", run_dir, "--follow", "--preset", preset, *shared)),
-        Job(name="first-publish", kind="once", retry_user_errors=True,
-            ready=_throttled(lambda: trained_mark(run_dir).number is not None),
-            command=command("publish", "--run", run_dir, "--repository", repository, *shared)),
-        Job(name="serve", ready=lambda: done("first-publish"),
-            command=command("serve", "--repository", repository, "--state", state, "--http-port", str(ports.http),
-                            "--grpc-port", str(ports.grpc), "--metrics-port", str(ports.metrics), *shared)),
-        Job(name="publish", kind="periodic", every_s=publish_every, retry_user_errors=True,
-            ready=_throttled(lambda: done("first-publish") and news()),
-            command=command("publish", "--run", run_dir, "--repository", repository, "--server", served, *shared)),
     ]
+    publish = command("publish", "--run", run_dir, "--repository", repository, *shared)
+    if ports:
+        # Triton starts with something to serve: the first version is made before it, the others go to it.
+        jobs += [
+            Job(name="first-publish", kind="once", retry_user_errors=True, command=publish,
+                ready=_throttled(lambda: trained_mark(run_dir).number is not None)),
+            Job(name="serve", ready=lambda: done("first-publish"), command=command(
+                "serve", "--repository", repository, "--state", state, "--http-port", str(ports.http),
+                "--grpc-port", str(ports.grpc), "--metrics-port", str(ports.metrics), *shared)),
+        ]
+    jobs.append(Job(name="publish", kind="periodic", every_s=publish_every, retry_user_errors=True,
+                    ready=_throttled(lambda: (ports is None or done("first-publish")) and news()),
+                    command=(*publish, "--server", address)))
     return jobs
 
 
