@@ -104,19 +104,9 @@ def assign_deferred(points_Nd: Floats, centroids_Kd: Floats, loads_K: Rows) -> R
     distances = _Distances(points_Nd, centroids_Kd)
     worst = np.where(loads_K > 0, np.inf, -np.inf)
     worst_row = np.full(codes, items, np.int64)
-    holder = np.full(items, -1, np.int64)
-    held = np.empty(items)
+    holder, held = distances.nearest(loads_K == 0)
     single = np.arange(items)
     while len(single):
-        for rows in np.array_split(single, max(1, len(single) * codes // BLOCK_CELLS)):
-            near = distances.rows(rows)
-            open_to = near < worst
-            tie = near == worst
-            if tie.any():
-                open_to |= tie & (rows[:, None] < worst_row)
-            near[~open_to] = np.inf
-            holder[rows] = near.argmin(axis=1)
-            held[rows] = near[np.arange(len(rows)), holder[rows]]
         asked = np.zeros(codes, bool)
         asked[holder[single]] = True
         members = np.flatnonzero(asked[holder])
@@ -125,23 +115,25 @@ def assign_deferred(points_Nd: Floats, centroids_Kd: Floats, loads_K: Rows) -> R
         first = np.searchsorted(cluster, cluster, side="left")
         rank = np.arange(len(members)) - first
         single = members[rank >= loads_K[cluster]]
-        holder[single] = -1
         last = members[rank == loads_K[cluster] - 1]
         worst[holder[last]] = held[last]
         worst_row[holder[last]] = last
+        holder[single] = -1
+        for rows in _portions(single, codes):
+            near = distances.rows(rows)
+            open_to = near < worst
+            tie = near == worst
+            if tie.any():
+                open_to |= tie & (rows[:, None] < worst_row)
+            near[~open_to] = np.inf
+            holder[rows] = near.argmin(axis=1)
+            held[rows] = near[np.arange(len(rows)), holder[rows]]
     return holder
 
 
 def assign_plain(points_Nd: Floats, centroids_Kd: Floats, loads_K: Rows) -> Rows:
     """Lloyd's assignment: the nearest centroid, however full it is; `loads_K` only says which codes may be used."""
-    distances = _Distances(points_Nd, centroids_Kd)
-    closed = loads_K == 0
-    assignment = np.empty(len(points_Nd), np.int64)
-    for rows in np.array_split(np.arange(len(points_Nd)), max(1, len(points_Nd) * len(centroids_Kd) // BLOCK_CELLS)):
-        near = distances.rows(rows)
-        near[:, closed] = np.inf
-        assignment[rows] = near.argmin(axis=1)
-    return assignment
+    return _Distances(points_Nd, centroids_Kd).nearest(loads_K == 0)[0]
 
 
 ASSIGNMENTS: dict[Method, Callable[[Floats, Floats, Rows], Rows]] = {
@@ -253,6 +245,18 @@ class _Distances:
         small = len(points_Nd) * len(centroids_Kd) <= BLOCK_CELLS
         self._all = self._compute(np.arange(len(points_Nd))) if small else None
 
+    def nearest(self, closed_K: NDArray[np.bool_]) -> tuple[Rows, Floats]:
+        """Every point's nearest cluster that is not closed, and how far it is, [N] each."""
+        found = np.empty(len(self._points), np.int64)
+        far = np.empty(len(self._points))
+        for rows in _portions(np.arange(len(self._points)), len(self._centroids)):
+            near = self._compute(rows) if self._all is None else self._all[rows[0] : rows[-1] + 1]
+            if closed_K.any():
+                near = np.where(closed_K, np.inf, near)
+            found[rows] = near.argmin(axis=1)
+            far[rows] = near[np.arange(len(rows)), found[rows]]
+        return found, far
+
     def rows(self, rows: Rows) -> Floats:
         """[len(rows), K], the caller's to change."""
         return self._compute(rows) if self._all is None else self._all[rows]
@@ -263,6 +267,11 @@ class _Distances:
         near += self._point_norms[rows][:, None]
         near += self._centroid_norms
         return near
+
+
+def _portions(rows: Rows, codes: int) -> list[Rows]:
+    """Rows in portions whose distances fit into a quarter of `BLOCK_CELLS`."""
+    return np.array_split(rows, max(1, -(-len(rows) * codes * 4 // BLOCK_CELLS))) if len(rows) else []
 
 
 def _comparable(points_nd: Floats, centroids_Bd: Floats) -> Floats:
@@ -282,7 +291,7 @@ def _nearest_free(near_F: Floats, free_F: NDArray[np.bool_], wanted: int) -> Row
         return np.empty(0, np.int64)
     stride = max(1, len(near_F) // SAMPLE)
     sample = near_F[::stride][free_F[::stride]]
-    reach = int(len(sample) * min(1.0, 2.0 * wanted * stride / max(1, len(sample) * stride))) + 8
+    reach = 2 * wanted // stride + 8
     places = np.empty(0, np.int64)
     if reach < len(sample):
         places = np.flatnonzero(near_F <= np.partition(sample, reach)[reach])
@@ -297,7 +306,11 @@ def _distinct(points_Nd: Floats) -> tuple[Floats, Rows | None]:
 
     BLAS may round equal rows differently at the edge of a block; equal points must be equally far from everything.
     """
-    flat = np.ascontiguousarray(points_Nd).view(np.dtype((np.void, points_Nd.itemsize * points_Nd.shape[1]))).ravel()
+    bits_Nd = np.ascontiguousarray(points_Nd + 0.0).view(np.uint64)
+    odd_d = np.random.default_rng(0).integers(0, 1 << 63, points_Nd.shape[1], np.uint64) * np.uint64(2) + np.uint64(1)
+    if len(np.unique((bits_Nd ^ (bits_Nd >> np.uint64(32))) @ odd_d)) == len(points_Nd):
+        return points_Nd, None
+    flat = bits_Nd.view(np.dtype((np.void, bits_Nd.itemsize * bits_Nd.shape[1]))).ravel()
     _, first, group = np.unique(flat, return_index=True, return_inverse=True)
     return (points_Nd, None) if len(first) == len(points_Nd) else (points_Nd[first], group)
 
