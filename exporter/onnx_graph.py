@@ -13,19 +13,24 @@ import warnings
 from contextlib import redirect_stdout
 from typing import Any
 
+import msgspec
 import onnx
+import onnx_ir as ir
 import torch
-from onnx import TensorProto, helper
+from onnx import TensorProto, helper, numpy_helper
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from exporter.trie import array_names
 from trainer.beam import SENTINEL, Memory, State, first_item, next_item
 from trainer.config import ModelConfig
-from trainer.model import OneRec
+from trainer.model import OneRec, PositionBias
 
 OPSET = 20
 IR_VERSION = 10
 INPUTS = ("history", "history_mask")
+WEIGHTS_FILE = "model.weights"
+PAGE = 4096  # ONNX Runtime maps a weight in place only where it begins on a page
 _PREFIX = "model."
 _USERS = 3
 DYNAMIC = torch.export.Dim.DYNAMIC
@@ -65,37 +70,70 @@ class _Next(nn.Module):
         return _state_out(next_item(self.model, arrays, state_in, Memory(_pairs(list(cross)), mask)), self.width)
 
 
+class WeightPlace(msgspec.Struct, frozen=True, kw_only=True):
+    """Where a parameter lies in the weights file: fp32, little-endian, row-major, `bytes` from `offset`."""
+
+    name: str
+    shape: list[int]
+    offset: int
+    bytes: int
+
+
+def layout(config: ModelConfig) -> list[WeightPlace]:
+    """The weights file of an architecture: parameters in the order of `OneRec.state_dict()`, each on its own pages."""
+    with torch.device("meta"):
+        parameters = OneRec(config).state_dict()
+    places, offset = [], 0
+    for name, tensor in parameters.items():
+        places.append(WeightPlace(name=name, shape=list(tensor.shape), offset=offset, bytes=4 * tensor.numel()))
+        offset += -(-places[-1].bytes // PAGE) * PAGE
+    return places
+
+
 def build_graph(config: ModelConfig, width: int, *, constrained: bool = True) -> onnx.ModelProto:
-    """The search of `config.session_items` items with `width` beams, its weights those of an untrained model.
+    """The search of `config.session_items` items with `width` beams; its weights lie in a file, as `layout` says.
 
     Inputs: history int64 [B, T, L], history_mask bool [B, T], and the arrays of `exporter.trie.array_names`, int32.
     Outputs: leaves int64 [B, W, m] (-1 where dead), scores fp32 [B, W]. Not constrained, for comparison: no trie inputs,
     and codes int64 [B, W, m·L] instead of leaves. Initializers have the names of `OneRec.state_dict()`.
     """
-    model = OneRec(config).eval()
+    with FakeTensorMode():  # shapes only: tracing 1B parameters takes no more memory than tracing a million
+        model = OneRec(config).eval()
     names = array_names(config.levels) if constrained else []
     carried, memory = _state_names(config), _memory_names(config)
     arguments, shapes = _first_example(config, constrained)
     module = _First(model, width, constrained)
-    first = _Graph(_trace(module, arguments, shapes, [*INPUTS, *names], [*carried, *memory]), prefix="first/")
-    nodes, weights = first.nodes, dict(first.initializers)
+    proto = _trace(module, arguments, shapes, [*INPUTS, *names], [*carried, *memory])
+    arrays = {name: name for name in names}
+    nodes = _nodes(proto, "first/", arrays | {name: name for name in INPUTS})
     state = [f"first/{name}" for name in carried]
     if config.session_items > 1:
         arguments, shapes = _next_example(config, width, constrained)
         outputs = [f"{name}_out" for name in carried]
-        outer = {name: f"first/{name}" for name in memory} | {name: name for name in names}
         proto = _trace(_Next(model, width, constrained), arguments, shapes, [*carried, *memory, *names], outputs)
-        body = _Graph(proto, prefix="next/", outer=outer)
-        weights.update(body.initializers)
+        body = _nodes(proto, "next/", arrays | {name: f"first/{name}" for name in memory})
         nodes = [*nodes, *_loop(body, config, width, state)]
         state = [f"last/{name}" for name in carried]
     nodes = [*nodes, *_finish(state, constrained)]
     inputs, results = _inputs(config, names), _outputs(config, width, constrained)
-    merged = helper.make_graph(nodes, "onerec_beam_search", inputs, results, list(weights.values()))
+    merged = helper.make_graph(nodes, "onerec_beam_search", inputs, results, _initializers(config))
     imports = [helper.make_opsetid("", OPSET), helper.make_opsetid("com.microsoft", 1)]
-    proto = helper.make_model(merged, opset_imports=imports, ir_version=IR_VERSION, producer_name="onerec")
-    onnx.checker.check_model(proto)
-    return proto
+    return helper.make_model(merged, opset_imports=imports, ir_version=IR_VERSION, producer_name="onerec")
+
+
+def _initializers(config: ModelConfig) -> list[TensorProto]:
+    """All parameters as references into the weights file, and the position buckets, which are no weights, as they are."""
+    tensors = []
+    for place in layout(config):
+        tensor = TensorProto(name=place.name, data_type=TensorProto.FLOAT, dims=place.shape)
+        tensor.data_location = TensorProto.EXTERNAL
+        for key, value in (("location", WEIGHTS_FILE), ("offset", place.offset), ("length", place.bytes)):
+            tensor.external_data.add(key=key, value=str(value))
+        tensors.append(tensor)
+    for name, bidirectional in (("encoder_bias", True), ("decoder_bias", False)):
+        buckets = PositionBias(config, bidirectional=bidirectional).bucket_of
+        tensors.append(numpy_helper.from_array(buckets.numpy(), f"{name}.bucket_of"))
+    return tensors
 
 
 def _trace(
@@ -116,43 +154,41 @@ def _trace(
         log.setLevel(level)
     if program is None:
         raise RuntimeError("torch.onnx.export returned no program")
-    return program.model_proto
+    strange = [name for name in program.model.graph.initializers if not name.startswith(_PREFIX)]
+    if strange:
+        raise RuntimeError(f"the trace holds constants that are no parameters: {strange}")
+    program.model.graph.initializers.clear()  # traced without data; `_initializers` says where that lies
+    return ir.serde.serialize_model(program.model)
 
 
-class _Graph:
-    """A traced graph ready to be merged: its values named after `prefix`, its parameters as in the state dict.
+def _nodes(proto: onnx.ModelProto, prefix: str, outer: dict[str, str]) -> list[onnx.NodeProto]:
+    """The nodes of a trace, ready to be merged: values named after `prefix`, parameters as in the state dict.
 
-    `outer` names the values of the surrounding graph that some of its inputs stand for; without, its inputs keep names.
+    `outer` says what the trace's inputs are called in the surrounding graph, where they come from there.
     """
-
-    def __init__(self, proto: onnx.ModelProto, *, prefix: str, outer: dict[str, str] | None = None) -> None:
-        graph = proto.graph
-        names = dict(outer or {})
-        if outer is None:
-            names |= {value.name: value.name for value in graph.input}
-        types = {value.name: value.type.tensor_type.elem_type for value in (*graph.value_info, *graph.input)}
-        types |= {tensor.name: tensor.data_type for tensor in graph.initializer}
-        self.initializers: dict[str, TensorProto] = {}
-        for tensor in graph.initializer:
-            names[tensor.name] = tensor.name.removeprefix(_PREFIX)
-            tensor.name = names[tensor.name]
-            self.initializers[tensor.name] = tensor
-        self.nodes = list(graph.node)
-        for node in self.nodes:
-            node.name = prefix + node.name
-            if node.op_type == "CastLike" and types.get(node.input[1]):  # ONNX Runtime folds Cast, but not CastLike
-                node.op_type = "Cast"
-                node.attribute.append(helper.make_attribute("to", types[node.input[1]]))
-                del node.input[1]
-            node.ClearField("metadata_props")
-            node.ClearField("doc_string")
-            for side in (node.input, node.output):
-                for index, name in enumerate(side):
-                    if name:
-                        side[index] = names.get(name, prefix + name)
+    types = {value.name: value.type.tensor_type.elem_type for value in (*proto.graph.value_info, *proto.graph.input)}
+    for node in proto.graph.node:
+        if node.op_type == "Constant" and node.attribute[0].name == "value":
+            types[node.output[0]] = node.attribute[0].t.data_type
+    nodes = list(proto.graph.node)
+    for node in nodes:
+        node.name = prefix + node.name
+        node.ClearField("metadata_props")
+        node.ClearField("doc_string")
+        if node.op_type == "CastLike" and types.get(node.input[1]):  # ONNX Runtime folds Cast, but not CastLike
+            node.op_type = "Cast"
+            node.attribute.append(helper.make_attribute("to", types[node.input[1]]))
+            del node.input[1]
+        for side in (node.input, node.output):
+            for index, name in enumerate(side):
+                if name.startswith(_PREFIX):
+                    side[index] = name.removeprefix(_PREFIX)
+                elif name:
+                    side[index] = outer.get(name, prefix + name)
+    return nodes
 
 
-def _loop(body: _Graph, config: ModelConfig, width: int, state: list[str]) -> list[onnx.NodeProto]:
+def _loop(body: list[onnx.NodeProto], config: ModelConfig, width: int, state: list[str]) -> list[onnx.NodeProto]:
     """The nodes that run `body` session_items - 1 times over `state`, leaving it under `last/…`."""
     step = helper.make_tensor_value_info("next/step", TensorProto.INT64, [])
     go_on = helper.make_tensor_value_info("next/go_on", TensorProto.BOOL, [])
@@ -160,7 +196,7 @@ def _loop(body: _Graph, config: ModelConfig, width: int, state: list[str]) -> li
     keep = helper.make_node("Identity", [go_on.name], [go_on_out.name], name="next/keep_going")
     inputs = _state_infos(config, width, "next/", "")
     outputs = _state_infos(config, width, "next/", "_out")
-    graph = helper.make_graph([*body.nodes, keep], "next_item", [step, go_on, *inputs], [go_on_out, *outputs])
+    graph = helper.make_graph([*body, keep], "next_item", [step, go_on, *inputs], [go_on_out, *outputs])
     trips = helper.make_tensor("trips", TensorProto.INT64, [], [config.session_items - 1])
     return [
         helper.make_node("Constant", [], ["trips"], name="trips", value=trips),
