@@ -43,6 +43,11 @@ class PositionBias(nn.Module):
 
     def __init__(self, config: ModelConfig, *, bidirectional: bool) -> None:
         super().__init__()
+        if config.relative_max_distance <= config.relative_buckets // 2:
+            raise ValueError(
+                f"relative_max_distance {config.relative_max_distance} must exceed half of the "
+                f"{config.relative_buckets} relative_buckets, which are one position wide"
+            )
         self.reach = config.relative_max_distance
         self.table = nn.Parameter(torch.zeros(config.relative_buckets, config.heads))
         # Looked up, not computed: a logarithm may round differently in another runtime and move a bucket's border.

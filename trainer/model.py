@@ -33,6 +33,11 @@ class Batch(NamedTuple):
     target_mask: Tensor  # bool [B, m], True = real
 
 
+def wide(x: Tensor) -> Tensor:
+    """`x` in fp32 or better, for what must not be rounded to bf16: log-probabilities."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
 def newest_first(history_mask: Tensor, levels: int) -> Tensor:
     """Index `[B, T, L]` for `gather` that turns right-padded rows of length n around: n - 1 .. 0, then 0."""
     lengths = history_mask.sum(1, keepdim=True)
@@ -274,7 +279,7 @@ class OneRec(nn.Module):
         keep = batch.target_mask
         real, codes = hidden[keep], batch.targets[keep]
         level_ntp = torch.stack(
-            [F.cross_entropy(self.head(level, real[:, level]).float(), codes[:, level]) for level in range(self.config.levels)]
+            [F.cross_entropy(wide(self.head(level, real[:, level])), codes[:, level]) for level in range(self.config.levels)]
         )
         ntp = level_ntp.mean()
         if not keep.all():
@@ -292,6 +297,6 @@ class OneRec(nn.Module):
 
     def session_log_prob(self, history: Tensor, history_mask: Tensor, targets: Tensor, target_mask: Tensor) -> Tensor:
         """log P of each session `[B]`: the sum over the codes of its real items."""
-        logits = self.token_logits(history, history_mask, targets, target_mask).float()
+        logits = wide(self.token_logits(history, history_mask, targets, target_mask))
         chosen = torch.log_softmax(logits, dim=-1).gather(-1, targets.unsqueeze(-1)).squeeze(-1)
         return (chosen.sum(-1) * target_mask).sum(-1)
