@@ -158,9 +158,10 @@ class OneRec(nn.Module):
         The encoder reads newest first, behind the "no history" token: its distance to that token then says how old an
         item is, at any length, and attention is never over nothing.
         """
-        users, items, levels = history.shape
+        users, _, levels = history.shape
         tokens = self._history_tokens(torch.gather(history, 1, newest_first(history_mask, levels)))
-        mask = history_mask.repeat_interleave(tokens.shape[1] // items, dim=1)
+        each = 1 if self.config.history_tokens == "item" else levels
+        mask = history_mask.unsqueeze(2).expand(-1, -1, each).flatten(1, 2)  # repeat_interleave exports a fixed size
         x = torch.cat((self.no_history.expand(users, 1, -1), tokens), dim=1)
         memory_mask = torch.cat((torch.ones_like(mask[:, :1]), mask), dim=1)
         return self._encoder_stack(x, memory_mask[:, None, None, :]), memory_mask
