@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import hashlib
+import os
+import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import msgspec
 import numpy as np
@@ -104,6 +107,30 @@ def build_bundle(
         )
         bundle.write_manifest(folder, manifest)
     return manifest, _expected(snapshot, rows[-1], served)
+
+
+def export_bundle(out_dir: Path, export: Export, *, report: Report = silent) -> dict[str, Any]:
+    """Write a bundle into a new folder, without a repository; its version is 0. Returns its manifest's main fields."""
+    with _new_folder(out_dir) as folder:
+        manifest, _ = build_bundle(folder, 0, export, export.run_dir / "templates", report=report)
+        bundle.sync_tree(folder)
+    return {"step": manifest.step, "items": manifest.items, "watermark": manifest.watermark}
+
+
+@contextmanager
+def _new_folder(out_dir: Path) -> Iterator[Path]:
+    """A folder beside `out_dir` that takes its name when the block ends well, and is removed when not."""
+    if out_dir.exists() and (not out_dir.is_dir() or any(out_dir.iterdir())):
+        raise UserError(f"--out {out_dir} is there already; name a folder that is not")
+    staging = out_dir.with_name(f".{out_dir.name}-{os.getpid()}")
+    try:
+        staging.mkdir(parents=True)
+        yield staging
+        staging.replace(out_dir)
+    except OSError as error:
+        raise UserError(f"--out {out_dir} cannot be written: {error.strerror} ({error.filename})") from error
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
 
 
 def find_template(config: ModelConfig, width: int, templates: Path, *, report: Report = silent) -> Path:

@@ -22,7 +22,7 @@ class TritonPythonModel:
     def initialize(self, args: dict[str, str]) -> None:
         """Load the bundle this file lies in; raises on a damaged one, so that Triton refuses the version."""
         parameters = {
-            key: value["string_value"] for key, value in json.loads(args["model_config"])["parameters"].items()
+            key: value["string_value"] for key, value in json.loads(args["model_config"]).get("parameters", {}).items()
         }
         packages = os.environ.get("ONEREC_SITE_PACKAGES") or parameters.get("site_packages", "")
         if os.path.isdir(packages) and packages not in sys.path:
