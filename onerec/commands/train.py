@@ -18,6 +18,19 @@ from onerec.errors import UserError
 if TYPE_CHECKING:
     from trainer.loop import Progress, Result
 
+METRIC_NAMES = {
+    "hit@1": "next item: hit rate@1",
+    "hit@5": "next item: hit rate@5",
+    "hit@10": "next item: hit rate@10",
+    "ndcg@5": "next item: NDCG@5",
+    "ndcg@10": "next item: NDCG@10",
+    "session_hit": "session: any of its items",
+    "session_recall": "session: share of its items",
+    "session_ndcg": "session: NDCG",
+    "best_recall": "best beam: share of its items",
+}
+"""Rows of the summary: the metrics of `trainer.evaluate` in words."""
+
 
 def register(app: typer.Typer) -> None:
     """Add the command to `app`."""
@@ -49,7 +62,7 @@ def train(
     if plot is not None and not plot.resolve().parent.is_dir():
         raise UserError(f"--plot {plot}: the folder {plot.resolve().parent} does not exist; make it first")
 
-    from trainer.evaluate import read_metrics
+    from trainer.evaluate import means, read_metrics
     from trainer.loop import METRICS_FILE
     from trainer.loop import train as learn
 
@@ -69,8 +82,6 @@ def train(
         from trainer.curves import draw
 
         draw(lines, plot)
-    from trainer.evaluate import means
-
     scored, scores = means(lines)
     if json:
         print_json({**msgspec.to_builtins(result), "scored_windows": scored, "scores": scores})
@@ -159,10 +170,11 @@ def _print_summary(result: Result, scored: int, scores: dict[str, dict[str, floa
     if scores:
         table = Table(title=f"Before learning them: means over {scored:,} windows", title_justify="left")
         table.add_column("")
-        metrics = list(scores["onerec"])
-        for metric in metrics:
-            table.add_column(metric.replace("session_", "session\n").replace("best_", "best\n"), justify="right")
-        for name, values in scores.items():
-            table.add_row(name, *(f"{values[metric]:.4f}" if metric in values else "–" for metric in metrics))
+        for name in scores:
+            table.add_column(name, justify="right")
+        for metric, text in METRIC_NAMES.items():
+            table.add_row(
+                text, *(f"{values[metric]:.4f}" if metric in values else "–" for values in scores.values())
+            )
         out.print(table)
     out.print(f"checkpoint {result.checkpoint or 'none yet'}", highlight=False)

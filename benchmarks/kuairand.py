@@ -1,0 +1,97 @@
+"""Test-then-train on KuaiRand-Pure: OneRec against popularity and last-item co-visitation.
+
+    ONEREC_DATA=…/kuairand-pure python benchmarks/kuairand.py [--work DIR] [--only default|tuned] [--plot FILE]
+
+Replays nine days of the log, fits the semantic IDs on the first seven and trains on them, then goes on through the last
+two: every session is scored with the weights of that moment, then learnt. `default` are the trainer's defaults, each
+session once; `tuned` says below what it changes. Prints a Markdown table; writes the curve of the tuned run.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from datetime import UTC, datetime, timedelta, timezone
+from pathlib import Path
+
+from trainer.curves import draw
+from trainer.evaluate import Line, Scores, mean_loss, means, read_metrics
+
+TEST_BEGINS = datetime(2022, 5, 2, tzinfo=timezone(timedelta(hours=8)))
+SEMANTICS = ["session.gap_ms=43200000", "session.min_watched=3", "session.min_total_watch_ms=30000",
+             "session.min_interactions=0"]
+TUNED = ["train.learning_rate=0.001", "train.batch_windows=16", "train.backlog_passes=5"]
+ROWS = ("hit@1", "hit@5", "hit@10", "ndcg@5", "ndcg@10", "session_hit", "session_recall", "session_ndcg", "best_recall")
+
+
+def onerec(*words: str) -> float:
+    """Run a command of `onerec` as a user would; returns its seconds."""
+    began = time.monotonic()
+    subprocess.run([sys.executable, "-m", "onerec.cli", *words], check=True, stdout=sys.stderr)
+    return time.monotonic() - began
+
+
+def sets(settings: list[str]) -> list[str]:
+    """The settings as `--set` options."""
+    return [word for setting in settings for word in ("--set", setting)]
+
+
+def table(columns: dict[str, Scores]) -> str:
+    """A Markdown table of metrics by recommender."""
+    head = f"| before learning it | {' | '.join(columns)} |\n|---|{'---:|' * len(columns)}"
+    rows = [
+        f"| {metric} | " + " | ".join(f"{c[metric]:.4f}" if metric in c else "–" for c in columns.values()) + " |"
+        for metric in ROWS
+    ]
+    return "\n".join([head, *rows])
+
+
+def tested(lines: list[Line]) -> list[Line]:
+    """The batches whose newest window lies in the last two days."""
+    return [line for line in lines if line.ts >= TEST_BEGINS.timestamp() * 1000 and line.scored]
+
+
+def main() -> None:
+    """Replay, fit, train, report."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--work", type=Path, help="folder to keep state and runs in (default: a temporary one)")
+    parser.add_argument("--only", choices=["default", "tuned"], help="one of the two runs")
+    parser.add_argument("--plot", type=Path, default=Path("docs/kuairand.png"))
+    options = parser.parse_args()
+    data = os.environ.get("ONEREC_DATA")
+    if not data:
+        sys.exit("set ONEREC_DATA to the folder of KuaiRand-Pure (events_*.csv.gz, history_before_*.jsonl.gz, videos.csv.gz)")
+    with tempfile.TemporaryDirectory() as temporary:
+        work = options.work or Path(temporary)
+        state, begins = work / "state", int(TEST_BEGINS.timestamp() * 1000)
+        if not (state / "catalogue").exists():
+            files = [*Path(data).glob("history_before_*.jsonl.gz"), *Path(data).glob("events_*.csv.gz")]
+            seconds = onerec("replay", *map(str, files), "--format", "kuairand", "--items",
+                             str(Path(data) / "videos.csv.gz"), "--state", str(state), *sets(SEMANTICS))
+            seconds += onerec("items", "--state", str(state), "--until", str(begins))
+            print(f"replay and semantic IDs: {seconds:.0f} s")
+        columns: dict[str, Scores] = {}
+        for name, settings in (("default", []), ("tuned", TUNED)):
+            if options.only not in (None, name):
+                continue
+            run = work / name
+            passes = [f"train.backlog_until_ms={begins}"] if any("passes" in s for s in settings) else []
+            seconds = onerec("train", "--state", str(state), "--run", str(run),
+                             *sets([*settings, *passes, "train.score_share=1"]))
+            lines = read_metrics(run / "metrics.jsonl")
+            windows, scores = means(tested(lines))
+            columns |= {"popularity": scores["popularity"], "co-visitation": scores["covisitation"]}
+            columns[f"OneRec {name}"] = scores["onerec"]
+            print(f"{name}: {seconds:.0f} s, {windows:,} windows of the last two days scored, "
+                  f"loss {mean_loss(tested(lines)):.3f} nats a code; " + json.dumps(settings))
+            draw(lines, options.plot, mark=begins, title=f"KuaiRand-Pure, {name}: scored before it is learnt (UTC)")
+        print(f"test from {TEST_BEGINS.astimezone(UTC):%Y-%m-%d %H:%M} UTC\n\n{table(columns)}")
+
+
+if __name__ == "__main__":
+    main()
