@@ -43,7 +43,7 @@ WAIT_SECONDS = 0.5
 
 
 class Progress(msgspec.Struct, frozen=True, kw_only=True):
-    """Where the trainer stands after a batch; `watermark` and `newest` (newest window) are event times in ms."""
+    """Where the trainer stands after a batch: sessions learnt, of so many in the log; `watermark` in ms."""
 
     line: Line
     sessions: int
@@ -91,6 +91,7 @@ def train(
     with locked(run_dir), Reader(state_dir) as reader:
         run = read_run(run_dir)
         if run is None:
+            preset(config.train.preset)
             if not _wait_for_sessions(reader, follow, stopped, say):
                 raise UserError(_no_sessions(reader, state_dir))
             run = _begin(state_dir, run_dir, reader, config, say)
