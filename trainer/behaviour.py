@@ -15,6 +15,9 @@ REACH = 16
 """How many places apart two items of a list still count as seen together."""
 SKIPPED_WEIGHT = 0.1
 """An item that was shown but not effectively watched says little of taste, but is better than nothing."""
+NEWEST_SESSIONS = 2_000_000
+MOST_ENTRIES = 1 << 26
+"""Bounds on what is held at once (about 800 MB), however long the log: the newest sessions, then histories."""
 CONTEXT_POWER = 0.75
 """Smoothing of how often an item occurs (word2vec's), so that rare pairs do not get the largest weights."""
 
@@ -24,6 +27,9 @@ class ItemSource(Protocol):
 
     def sessions(self, after: int = 0) -> Iterator[tuple[int, Any]]:
         """Sessions in commit order with their sequence numbers."""
+
+    def last_sequence(self) -> int:
+        """The sequence number of the newest session."""
 
     def users(self) -> Iterator[tuple[str, list[str]]]:
         """H(∞) of every user."""
@@ -37,26 +43,26 @@ class Behaviour:
     """Lists of items that belong together, flat.
 
     `item_ids`: the items, by first appearance; `items` int32 [T] and `weights` float32 [T] the entries of all lists;
-    `lists` int64 [T] the list of each entry; `counts` float64 [N] weighted appearances in sessions and histories;
+    `lists` int32 [T] the list of each entry; `counts` float64 [N] weighted appearances in sessions and histories;
     `last_session`: the sequence number of the last session in the store, also where `until` left it out.
     """
 
     item_ids: list[str]
     items: NDArray[np.int32]
     weights: NDArray[np.float32]
-    lists: NDArray[np.int64]
+    lists: NDArray[np.int32]
     counts: NDArray[np.float64]
     last_session: int
 
 
 def collect_behaviour(source: ItemSource, until: int | None, progress: Callable[[int], None]) -> Behaviour:
-    """One list for each session's items, and one for each user's newest history.
+    """One list for each session's items, and one for each user's newest history, within the bounds above.
 
     With `until` (ms) only sessions that ended by then, and of histories only those that open such a session, because
     H(∞) has no times: nothing after `until` is looked at. `progress` hears how many sessions were read.
     """
     index: dict[str, int] = {}
-    items, weights, lists = array("i"), array("f"), array("q")
+    items, weights, lists = array("i"), array("f"), array("i")
     newest: dict[str, list[str]] = {}
     number = sequence = 0
 
@@ -68,7 +74,7 @@ def collect_behaviour(source: ItemSource, until: int | None, progress: Callable[
             lists.append(number)
         number += 1
 
-    for sequence, session in source.sessions(after=0):
+    for sequence, session in source.sessions(after=max(0, source.last_sequence() - NEWEST_SESSIONS)):
         if until is not None and session.end > until:
             continue
         entries = [(item.item_id, 1.0 if item.effective or item.interactions else SKIPPED_WEIGHT)
@@ -80,6 +86,8 @@ def collect_behaviour(source: ItemSource, until: int | None, progress: Callable[
             progress(number)
     histories = source.users() if until is None else iter(newest.items())
     for _, history in histories:
+        if len(items) > MOST_ENTRIES:
+            break
         add((item_id, 1.0) for item_id in history)
     rows = np.frombuffer(items, np.int32) if items else np.empty(0, np.int32)
     mass = np.frombuffer(weights, np.float32) if weights else np.empty(0, np.float32)
@@ -87,7 +95,7 @@ def collect_behaviour(source: ItemSource, until: int | None, progress: Callable[
         item_ids=list(index),
         items=rows,
         weights=mass,
-        lists=np.frombuffer(lists, np.int64) if lists else np.empty(0, np.int64),
+        lists=np.frombuffer(lists, np.int32) if lists else np.empty(0, np.int32),
         counts=np.bincount(rows, weights=mass, minlength=len(index)).astype(np.float64),
         last_session=sequence,
     )
