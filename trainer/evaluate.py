@@ -108,47 +108,51 @@ class ModelScorer:
         from exporter.trie import build_trie
         from trainer.beam import trie_tensors
 
-        self._model, self._item_codes, self._beams, self._device = model, item_codes, beams, device
+        self._model, self._item_codes, self._device = model, item_codes, device
+        self._beams = max(RANKED, beams)
         self._trie: Trie = build_trie(item_codes, model.config.codes)
         self._tensors = trie_tensors(self._trie, device)
 
-    def rankings(self, examples: list[Example]) -> list[list[int]]:
-        """The best `RANKED` catalogue rows of each window as next item, best first."""
-        ranked = []
-        for leaves in self._search(examples, items=1, width=max(RANKED, self._beams))[0][:, :, 0]:
-            rows = [int(row) for leaf in leaves if leaf >= 0 for row in self._trie.leaf_items(int(leaf))]
-            ranked.append(rows[:RANKED])
-        return ranked
+    def search(self, examples: list[Example]) -> tuple[list[list[int]], list[np.ndarray]]:
+        """Of each window the best `RANKED` rows as next item, and its sessions, rows `[live beams, m]`; best first.
 
-    def sessions(self, examples: list[Example]) -> list[np.ndarray]:
-        """The generated sessions of each window, rows `[live beams, m]`, best first."""
-        leaves, alive = self._search(examples, items=self._model.config.session_items, width=self._beams)
-        return [self._trie.session_rows(beams[live]) for beams, live in zip(leaves, alive, strict=True)]
+        One search gives both: where it has written one item, it is the search for one item.
+        """
+        import torch
+
+        from trainer.beam import finish, first_item, next_item
+
+        m = self._model.config.session_items
+        arrays = to_arrays(examples, self._item_codes, m=m)
+        history = torch.from_numpy(arrays.history).to(self._device)
+        mask = torch.from_numpy(arrays.history_mask).to(self._device)
+        with torch.no_grad():
+            state, memory = first_item(self._model, self._tensors, history, mask, width=self._beams)
+            firsts = finish(state).leaves[:, :, 0].cpu().numpy()
+            for _ in range(m - 1):
+                state = next_item(self._model, self._tensors, state, memory)
+        beams = finish(state)
+        pairs = zip(beams.leaves.cpu().numpy(), beams.alive.cpu().numpy(), strict=True)
+        sessions = [self._trie.session_rows(found[live]) for found, live in pairs]
+        return [self._expand(leaves) for leaves in firsts], sessions
 
     def score(self, examples: list[Example]) -> Scores:
         """Sums of all metrics over `examples`."""
         total: Scores = {}
         if not examples:
             return total
-        for example, ranked in zip(examples, self.rankings(examples), strict=True):
-            add(total, rank_scores(ranked, int(example.targets[0])))
-        for example, sessions in zip(examples, self.sessions(examples), strict=True):
-            scores = [session_scores(session.tolist(), example.targets.tolist()) for session in sessions]
+        for example, ranked, sessions in zip(examples, *self.search(examples), strict=True):
+            targets = example.targets.tolist()
+            scores = [session_scores(session.tolist(), targets) for session in sessions]
             best = max((score["session_recall"] for score in scores), default=0.0)
-            nothing = dict.fromkeys(SESSION_METRICS, 0.0)
-            add(total, (scores[0] if scores else nothing) | {"best_recall": best})
+            add(total, rank_scores(ranked, targets[0]))
+            add(total, (scores[0] if scores else dict.fromkeys(SESSION_METRICS, 0.0)) | {"best_recall": best})
         return total
 
-    def _search(self, examples: list[Example], *, items: int, width: int) -> tuple[np.ndarray, np.ndarray]:
-        import torch
-
-        from trainer.beam import beam_search
-
-        arrays = to_arrays(examples, self._item_codes, m=self._model.config.session_items)
-        history = torch.from_numpy(arrays.history).to(self._device)
-        mask = torch.from_numpy(arrays.history_mask).to(self._device)
-        found = beam_search(self._model, self._tensors, history, mask, width=width, items=items)
-        return found.leaves.cpu().numpy(), found.alive.cpu().numpy()
+    def _expand(self, leaves: np.ndarray) -> list[int]:
+        """Rows of the items of `leaves` [W], best first; -1 is a dead beam."""
+        rows = [int(row) for leaf in leaves if leaf >= 0 for row in self._trie.leaf_items(int(leaf))]
+        return rows[:RANKED]
 
 
 def read_metrics(path: Path) -> list[Line]:

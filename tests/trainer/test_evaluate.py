@@ -147,7 +147,7 @@ def tiny_scorer(item_codes: np.ndarray, beams: int = 4) -> ModelScorer:
 
 def test_items_of_one_semantic_id_stand_together_in_catalogue_order() -> None:
     codes = np.array([[0, 0], [1, 1], [0, 0], [2, 3], [0, 0]], np.int32)
-    [ranked] = tiny_scorer(codes).rankings([example([1], [0])])
+    [[ranked], _] = tiny_scorer(codes).search([example([1], [0])])
     assert sorted(ranked) == [0, 1, 2, 3, 4]
     place = ranked.index(0)
     assert ranked[place : place + 3] == [0, 2, 4]
@@ -155,10 +155,24 @@ def test_items_of_one_semantic_id_stand_together_in_catalogue_order() -> None:
 
 def test_generated_sessions_hold_no_item_twice_and_are_best_first() -> None:
     codes = np.array([[i // 4, i % 4] for i in range(16)] + [[0, 0], [3, 3]], np.int32)
-    scorer = tiny_scorer(codes)
-    for sessions in scorer.sessions([example([1, 2], [0]), example([], [3])]):
-        assert sessions.shape == (4, 3)
+    scorer = tiny_scorer(codes, beams=12)
+    for sessions in scorer.search([example([1, 2], [0]), example([], [3])])[1]:
+        assert sessions.shape == (12, 3)
         assert all(len(set(session)) == 3 for session in sessions.tolist())
+
+
+def test_the_ranking_is_that_of_a_search_for_one_item() -> None:
+    from exporter.trie import build_trie
+    from trainer.beam import beam_search, trie_tensors
+
+    codes = np.array([[i // 4, i % 4] for i in range(16)], np.int32)
+    scorer = tiny_scorer(codes, beams=16)
+    ranked = scorer.search([example([1, 2], [0])])[0]
+    trie = build_trie(codes, 4)
+    history = torch.from_numpy(codes[[1, 2]]).long().unsqueeze(0)
+    found = beam_search(scorer._model, trie_tensors(trie), history, torch.ones(1, 2, dtype=torch.bool), width=16,
+                        items=1)
+    assert ranked == [found.leaves[0, :10, 0].tolist()]
 
 
 def test_a_catalogue_smaller_than_a_session_scores_nothing_instead_of_failing() -> None:
