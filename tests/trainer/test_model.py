@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
+from trainer.attention import score_bias
 from trainer.config import ModelConfig
 from trainer.model import BALANCE_WEIGHT, Batch, OneRec
 from trainer.moe import balance_loss
@@ -208,6 +209,32 @@ def test_expert_load_is_the_share_of_each_layer():
     model.decode(x, torch.arange(x.shape[1]), None, model.cross_kv(memory), mask, routings)
     wanted = torch.stack([balance_loss(routing) for routing in routings]).mean()
     torch.testing.assert_close(stats["balance"], wanted.detach())
+
+
+def test_decoder_reads_bos_before_the_codes_of_each_item():
+    model, batch = model_of(), batch_of()
+    inputs = model.session_embedded(batch.targets)
+    assert inputs.shape == (4, 5 * 4 - 1, 16)
+    for item in range(5):
+        assert torch.equal(inputs[:, item * 4], model.embed_bos().expand(4, -1))
+        for level in range(3 if item < 4 else 2):
+            wanted = model.embed_code(level, batch.targets[:, item, level])
+            assert torch.equal(inputs[:, item * 4 + 1 + level], wanted)
+
+
+def test_experts_are_added_to_what_they_read():
+    model, batch = model_of(), batch_of()
+    layer = model.decoder[0]
+    with torch.no_grad():
+        layer.attention.out.weight.zero_()
+        layer.cross_attention.out.weight.zero_()
+    memory, mask = model.encode(*batch[:2])
+    x = model.session_embedded(batch.targets)
+    causal = score_bias(None, torch.ones(19, 19, dtype=torch.bool).tril(), x.dtype)
+    cross = score_bias(None, mask[:, None, None, :], x.dtype)
+    answer, _ = layer(x, causal, None, model.cross_kv(memory)[0], cross)
+    torch.testing.assert_close(answer, x + layer.moe(layer.ffn_norm(x)))
+    assert (answer - x).abs().max() > 0.1
 
 
 @pytest.mark.parametrize("codes", [16, 256, 4096])
