@@ -14,6 +14,7 @@ tests. Where the text leaves a choice, the reading taken here is:
   duration_ms, the range of ts, tags and author_id, embedding. An `item` has no user_id, event_id or request_id;
   whatever stands there is ignored. Its tags are absent, null or a list of strings, its author_id absent, null or a
   string.
+- §1 "all finite": as 32-bit floats, the catalogue's.
 - §1 "the catalogue's dimension": that of the first valid embedding, where none is given.
 - §1 "+ max_future_ms (at most max_out_of_orderness)": the smaller of the two.
 - §2 "the largest ts of its reports that were not late (of the first, if it was late)": where the first report was
@@ -58,6 +59,7 @@ EARLIEST_TS = 631_152_000_000
 LONGEST_MS = 604_800_000
 LONGEST_LINE = 1024 * 1024
 DEEPEST = 128
+LARGEST_FLOAT = (2 - 2**-23) * 2.0**127
 
 
 class InvalidLine(Exception):
@@ -139,9 +141,9 @@ def check_item(value: dict[str, object]) -> None:
         raise InvalidLine("bad_item")
 
 
-def parse_int(digits: str) -> int | float:
-    # Python refuses to convert thousands of digits; such a number is in no range anyway.
-    return int(digits) if len(digits) < 40 else float(digits)
+def parse_int(digits: str) -> int:
+    # Python refuses to convert thousands of digits; any number out of all ranges will do instead.
+    return int(digits) if len(digits) < 60 else int(digits[:60])
 
 
 def refuse_constant(name: str) -> None:
@@ -154,7 +156,7 @@ def parse_embedding(value: object) -> list[float] | None:
     if not isinstance(value, list) or not value:
         raise InvalidLine("bad_embedding")
     for number in value:
-        if type(number) not in (int, float) or not math.isfinite(number):
+        if type(number) not in (int, float) or not abs(number) <= LARGEST_FLOAT:
             raise InvalidLine("bad_embedding")
     return [float(number) for number in value]
 
@@ -438,12 +440,8 @@ class Reference:
     def report(self, fields: Fields, *, late: bool, history_only: bool) -> Report:
         """§4: a report is effective by its own durations."""
         limit = self.semantics.watch.effective_ms
-        effective = fields.watch_ms >= limit or (
-            0 < fields.duration_ms <= limit and fields.watch_ms >= fields.duration_ms
-        )
-        return Report(
-            fields.ts, fields.watch_ms, fields.duration_ms, fields.request_id, effective, late, history_only
-        )
+        effective = fields.watch_ms >= limit or (0 < fields.duration_ms <= limit and fields.watch_ms >= fields.duration_ms)
+        return Report(fields.ts, fields.watch_ms, fields.duration_ms, fields.request_id, effective, late, history_only)
 
     def open_events(self, user_id: str) -> int:
         """How much of a user is still open (§2, max_open_events)."""

@@ -432,9 +432,7 @@ def test_a_backfill_of_two_files_makes_nothing_late() -> None:
         (1, 1, True),
     ],
 )
-def test_a_watch_is_effective_by_time_or_in_full(
-    play: Play, watch_ms: int, duration_ms: int, effective: bool
-) -> None:
+def test_a_watch_is_effective_by_time_or_in_full(play: Play, watch_ms: int, duration_ms: int, effective: bool) -> None:
     outcome = play(DEFAULT, [watch("u", "i", 0, watch_ms, duration_ms), FLUSH])
     assert outcome.decoded[0]["watched"] == effective
     assert outcome.history == {"u": ["i"] if effective else []}

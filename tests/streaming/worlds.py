@@ -45,9 +45,7 @@ class Outcome:
         return {(row := orjson.loads(line))["user_id"]: row["items"] for line in self.histories}
 
 
-def by_reference(
-    semantics: Semantics, lines: Iterable[bytes | None], *, now_ms: int = NOW, seeds: Seeds = ()
-) -> Outcome:
+def by_reference(semantics: Semantics, lines: Iterable[bytes | None], *, now_ms: int = NOW, seeds: Seeds = ()) -> Outcome:
     reference = Reference(semantics, now_ms, seeds)
     for line in lines:
         if line is FLUSH:
@@ -60,9 +58,7 @@ def by_reference(
         if orjson.loads(session)["high_quality"]
         for window in targets
     ]
-    return Outcome(
-        reference.sessions, reference.histories(), reference.counters(), reference.dead_letters, found
-    )
+    return Outcome(reference.sessions, reference.histories(), reference.counters(), reference.dead_letters, found)
 
 
 def by_core(
@@ -158,9 +154,7 @@ def event(type_: str, user_id: str, item_id: str, at: int, **more: object) -> by
     return orjson.dumps({"type": type_, "user_id": user_id, "item_id": item_id, "ts": T0 + at, **more})
 
 
-def watch(
-    user_id: str, item_id: str, at: int, watch_ms: int = 10_000, duration_ms: int = 20_000, **more: object
-) -> bytes:
+def watch(user_id: str, item_id: str, at: int, watch_ms: int = 10_000, duration_ms: int = 20_000, **more: object) -> bytes:
     """A watch, effective by default."""
     return event("watch", user_id, item_id, at, watch_ms=watch_ms, duration_ms=duration_ms, **more)
 
