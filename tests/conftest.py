@@ -6,6 +6,9 @@ import os
 
 import pytest
 
+# Spinning OpenMP threads make everything crawl where the tests share their cores; see trainer/__init__.py.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
 
 def _skipped(config: pytest.Config) -> int:
     reporter = config.pluginmanager.get_plugin("terminalreporter")
