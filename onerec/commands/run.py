@@ -195,7 +195,6 @@ def _jobs(*, files: list[Path], state: Path, run_dir: Path, repository: Path, it
           replay_options: list[str], shared: list[str], preset: str, ports: Ports | None, address: str,
           publish_every: float, done: Callable[[str], bool]) -> list[Job]:
     """The children of `onerec run`, each with what it waits for."""
-    from onerec.probe import trained_mark
     from onerec.supervisor import Job
 
     def command(*parts: str | Path) -> tuple[str, ...]:
@@ -222,19 +221,13 @@ def _jobs(*, files: list[Path], state: Path, run_dir: Path, repository: Path, it
         Job(name="train", ready=lambda: done("items"),
             command=command("train", "--state", state, "--run", run_dir, "--follow", "--preset", preset, *shared)),
     ]
-    publish = command("publish", "--run", run_dir, "--repository", repository, *shared)
     if ports:
-        # Triton starts with something to serve: the first version is made before it, the others go to it.
-        jobs += [
-            Job(name="first-publish", kind="once", retry_user_errors=True, command=publish,
-                ready=_throttled(lambda: trained_mark(run_dir).number is not None)),
-            Job(name="serve", ready=lambda: done("first-publish"), command=command(
-                "serve", "--repository", repository, "--state", state, "--http-port", str(ports.http),
-                "--grpc-port", str(ports.grpc), "--metrics-port", str(ports.metrics), *shared)),
-        ]
+        jobs.append(Job(name="serve", ready=state.is_dir, command=command(
+            "serve", "--repository", repository, "--state", state, "--http-port", str(ports.http),
+            "--grpc-port", str(ports.grpc), "--metrics-port", str(ports.metrics), *shared)))
     jobs.append(Job(name="publish", kind="periodic", every_s=publish_every, retry_user_errors=True,
-                    ready=_throttled(lambda: (ports is None or done("first-publish")) and news()),
-                    command=(*publish, "--server", address)))
+                    ready=_throttled(news), command=command("publish", "--run", run_dir, "--repository", repository,
+                                                            "--server", address, *shared)))
     return jobs
 
 
