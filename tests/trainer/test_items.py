@@ -196,6 +196,18 @@ def test_a_refresh_with_nothing_new_gives_back_what_it_was_given(world):
     assert world.refresh(catalogue) is catalogue
 
 
+def test_a_refresh_of_a_held_catalogue_reads_nothing_but_what_is_new(world, monkeypatch):
+    world.put(*described(20))
+    held = world.build()
+    world.put(record("new", tags=["t1"]))
+    monkeypatch.setattr(catalogue_files, "read_version", None)
+    seen = []
+    real = world.reader.items
+    monkeypatch.setattr(world.reader, "items", lambda after=0: (seen.append(item) or item for item in real(after)))
+    assert world.refresh(held).item_ids[-1] == "new"
+    assert {item.item_id for _, item in seen} == {"new"}
+
+
 def test_an_item_only_sessions_know_gets_the_codes_of_its_company(world):
     world.replay(two_tastes())
     built = world.build()
