@@ -149,6 +149,9 @@ def find_template(config: ModelConfig, width: int, templates: Path, *, report: R
     with timed(report, "template"):
         found = ensure_template(config, width, folder)
         bundle.sync_tree(folder)
+    for other in templates.iterdir():
+        if other != folder:
+            shutil.rmtree(other, ignore_errors=True)
     return found
 
 

@@ -36,9 +36,14 @@ def torch_beams(
     from trainer.beam import beam_search, trie_tensors
 
     codes, mask = pad(histories, snapshot.trie.levels)
-    found = beam_search(
-        model, trie_tensors(snapshot.trie), torch.from_numpy(codes), torch.from_numpy(mask), width=width
-    )
+    trie = trie_tensors(snapshot.trie)
+    threads = torch.get_num_threads()
+    # OpenMP's threads spin: beside a busy trainer two of them were 15 times slower than one.
+    torch.set_num_threads(1)
+    try:
+        found = beam_search(model, trie, torch.from_numpy(codes), torch.from_numpy(mask), width=width)
+    finally:
+        torch.set_num_threads(threads)
     return Beams(found.leaves.numpy(), found.scores.numpy())
 
 

@@ -12,9 +12,9 @@ from exporter import bundle
 from exporter.bundle import Manifest
 from exporter.client import Client
 from exporter.export import Expected, Export, build_bundle, state_of_run
-from exporter.repository import SERVED_VERSIONS, Repository
+from exporter.repository import Repository
 from exporter.steps import Report, silent, timed
-from exporter.triton_config import RecommendConfig
+from exporter.triton_config import SERVED_VERSIONS, RecommendConfig
 from onerec.errors import Failure, OneRecError, UserError
 from trainer.config import BeamConfig
 

@@ -22,12 +22,11 @@ from typing import Literal
 import msgspec
 
 from exporter.bundle import Manifest, read_manifest, sync_path, sync_tree, verify_bundle
-from exporter.triton_config import MODEL_NAME, RecommendConfig, config_text
+from exporter.triton_config import MODEL_NAME, SERVED_VERSIONS, RecommendConfig, config_text
 from onerec.errors import Failure, UserError
 
 KEEP_VERSIONS = 3
 KEEP_REJECTED = 3
-SERVED_VERSIONS = 2
 REASON_FILE = "reason.txt"
 
 

@@ -9,6 +9,9 @@ import msgspec
 
 MODEL_NAME = "recommend"
 
+SERVED_VERSIONS = 2
+"""The newest versions are loaded; a request that names none goes to the newest, the one before is kept warm."""
+
 STATE_PARAMETER = "state"
 SITE_PACKAGES_PARAMETER = "site_packages"
 THREADS_PARAMETER = "threads"
@@ -42,18 +45,6 @@ OUTPUTS = (
 """What an answer holds (DESIGN.md, "What an application calls")."""
 
 
-class LatestVersions(msgspec.Struct, frozen=True, kw_only=True, tag="latest"):
-    """Serve the newest `count` versions; a request that names none goes to the newest."""
-
-    count: int = 2
-
-
-class SpecificVersions(msgspec.Struct, frozen=True, kw_only=True, tag="specific"):
-    """Serve just these: what a rollback leaves behind."""
-
-    versions: tuple[int, ...]
-
-
 class RecommendConfig(msgspec.Struct, frozen=True, kw_only=True):
     """Everything of `config.pbtxt` that is not the contract itself.
 
@@ -61,7 +52,6 @@ class RecommendConfig(msgspec.Struct, frozen=True, kw_only=True):
     and `ONEREC_SITE_PACKAGES` of the server win over them, so that one repository serves on several hosts.
     """
 
-    policy: LatestVersions | SpecificVersions = LatestVersions()
     state: str = ""
     site_packages: str = ""
     threads: int = 2
@@ -94,12 +84,6 @@ def _tensor(kind: str, tensor: Tensor) -> str:
     return kind + " {\n" + "\n".join(lines) + "\n}"
 
 
-def _policy(policy: LatestVersions | SpecificVersions) -> str:
-    if isinstance(policy, LatestVersions):
-        return f"version_policy {{ latest {{ num_versions: {policy.count} }} }}"
-    return f"version_policy {{ specific {{ versions: {list(policy.versions)} }} }}"
-
-
 def config_text(config: RecommendConfig) -> str:
     """`config.pbtxt` of the model `recommend`: Python backend, one instance, dynamic batches of ragged requests.
 
@@ -113,7 +97,7 @@ def config_text(config: RecommendConfig) -> str:
         *(_tensor("input", tensor) for tensor in INPUTS),
         *(_tensor("output", tensor) for tensor in OUTPUTS),
         "instance_group { count: 1 kind: KIND_AUTO }",
-        _policy(config.policy),
+        f"version_policy {{ latest {{ num_versions: {SERVED_VERSIONS} }} }}",
         "dynamic_batching {\n"
         f"  max_queue_delay_microseconds: {config.queue_delay_us}\n"
         f"  default_queue_policy {{ max_queue_size: {config.max_queue_size} }}\n"

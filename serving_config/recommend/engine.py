@@ -137,6 +137,8 @@ def open_session(graph: Path, *, threads: int, device: int | None) -> ort.Infere
     options = ort.SessionOptions()
     options.intra_op_num_threads = threads
     options.inter_op_num_threads = 1
+    # Threads that spin while they wait take the cores of a trainer on the same machine, and of each other.
+    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
     options.log_severity_level = 3
     providers: list[str | tuple[str, dict[str, int]]] = ["CPUExecutionProvider"]
     if device is not None:

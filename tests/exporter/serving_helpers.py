@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import shutil
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -11,7 +11,9 @@ import onnx
 from onnx import TensorProto, helper, numpy_helper
 
 from exporter import bundle
-from exporter.trie import array_names
+from exporter.export import Expected
+from exporter.publish import Build
+from exporter.trie import array_names, build_trie
 from trainer.config import ModelConfig
 
 MODEL = ModelConfig(codes=8, levels=3, session_items=3, history_length=6, d_model=16, heads=2, d_ff=16)
@@ -118,6 +120,32 @@ def make_bundle(
     return manifest
 
 
-def copy_version(source: Path, target: Path) -> None:
-    """Another version folder with the same content."""
-    shutil.copytree(source, target)
+def builder(*, watermark: int | None = 1_000, spoil: Callable[[Path], None] | None = None) -> Build:
+    """A `build` for `publish_bundle`: the hand-made bundle whose shift is its version, so that the answer tells it.
+
+    `spoil` is called with the sealed folder, to damage it.
+    """
+
+    def build(folder: Path, version: int) -> tuple[bundle.Manifest, Expected]:
+        folder.rmdir()
+        manifest = make_bundle(folder, version, shift=version, watermark=watermark)
+        if spoil:
+            spoil(folder)
+        return manifest, Expected(history=[], sessions=[expected_session(version)])
+
+    return build
+
+
+def expected_session(shift: int, history: tuple[str, ...] = (), beam: int = 0) -> list[str]:
+    """Item ids that the hand-made graph answers for known items of the catalogue."""
+    catalogue = FakeCatalogue()
+    trie = build_trie(catalogue.item_codes, MODEL.codes)
+    total = sum(int(catalogue.item_codes[catalogue.item_ids.index(item)].sum()) for item in history)
+    m = MODEL.session_items
+    leaves = (total + shift + beam * m + np.arange(m)) % trie.leaves
+    return [catalogue.item_ids[row] for row in trie.session_rows(leaves)]
+
+
+def set_aside(repository: Path, version: int) -> str:
+    """The reason beside a version that was set aside."""
+    return (repository / ".onerec" / "rejected" / str(version) / "reason.txt").read_text()
