@@ -125,9 +125,10 @@ def main() -> None:
                         "--grpc-port", str(grpc), "--metrics-port", str(metrics))
     try:
         wait_for_port(grpc, server, demo.log)
-        user = json.loads(demo.ask("histories", "--state", state, "--json").splitlines()[0])["user_id"]
+        histories = demo.ask("histories", "--state", state, "--limit", "100", "--json").splitlines()
+        user = max(map(json.loads, histories), key=lambda line: len(line["items"]))["user_id"]
         demo.run("history", user, "--state", state)
-        demo.run("recommend", user, "--server", url, "--state", state)
+        demo.run("recommend", user, "--count", "2", "--server", url, "--repository", repository, "--state", state)
         demo.run("status", "--state", state, "--run", run, "--repository", repository, "--server", url)
     finally:
         stop(server)

@@ -5,10 +5,12 @@ from __future__ import annotations
 import contextlib
 import gzip
 import os
+from collections import deque
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import IO, NamedTuple, cast
 
+import numpy as np
 import orjson
 import zstandard
 
@@ -100,21 +102,42 @@ def _compressed(raw: IO[bytes], suffix: str) -> Iterator[IO[bytes]]:
         yield raw
 
 
-def write_world(world: World, events: Path, items: Path, *, embeddings: bool = True,
+def block_lines(columns: Columns, items: list[tuple[int, bytes]]) -> Iterator[bytes]:
+    """A block's events in chunks of lines, with `items` (time, line) put in before what arrives after them."""
+    cuts = np.searchsorted(columns["arrival"], [ts for ts, _ in items], side="left").tolist()
+    begin = 0
+    for cut, line in [*zip(cuts, (line for _, line in items), strict=True), (len(columns["arrival"]), b"")]:
+        while begin < cut:
+            end = min(begin + CHUNK, cut)
+            yield event_lines({name: column[begin:end] for name, column in columns.items()})
+            begin = end
+        yield line
+
+
+def write_world(world: World, events: Path, items: Path, *, embeddings: bool = True, inline: bool = False,
                 progress: Callable[[float, int], None] = lambda _done, _events: None) -> Written:
-    """Write both files; `progress(share done, events so far)` is called for every three simulated hours."""
+    """Write both files; `progress(share done, events so far)` is called for every three simulated hours.
+
+    With `inline` the uploads of the log's own days are `item` events among the others, at their time, and the items file
+    holds what existed before; else it holds them all.
+    """
     if events.absolute() == items.absolute():
         raise UserError(f"{events}: events and items need two files; give --items-out another name")
-    with open_output(items) as stream:
-        for line in item_lines(world, embeddings=embeddings):
-            stream.write(line)
-    behaviour = Behaviour(world)
     first = world.config.start_ms
+    lines = item_lines(world, embeddings=embeddings)
+    uploads = deque(zip(world.upload_ms.tolist(), lines, strict=True))
+    with open_output(items) as stream:
+        while uploads and (not inline or uploads[0][0] < first):
+            stream.write(uploads.popleft()[1])
+    behaviour = Behaviour(world)
     last = first + world.config.days * 86_400_000
     with open_output(events) as stream:
         for end, columns in behaviour.blocks():
-            for begin in range(0, len(columns["ts"]), CHUNK):
-                stream.write(event_lines({name: column[begin : begin + CHUNK] for name, column in columns.items()}))
+            due = []
+            while uploads and (uploads[0][0] < end or end == last):
+                due.append(uploads.popleft())
+            for chunk in block_lines(columns, due):
+                stream.write(chunk)
             progress((end - first) / (last - first), behaviour.events)
     size = events.stat().st_size + items.stat().st_size
     return Written(behaviour.events, behaviour.sessions, world.config.items, size)

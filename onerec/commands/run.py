@@ -206,7 +206,7 @@ def _jobs(*, files: list[Path], state: Path, run_dir: Path, repository: Path, it
         world.mkdir(exist_ok=True)
         files, items = [world / "events.jsonl.gz"], world / "events.items.jsonl.gz"
         if not files[0].exists():
-            jobs.append(Job(name="simulate", kind="once", command=command("simulate", "--out", files[0])))
+            jobs.append(Job(name="simulate", kind="once", command=command("simulate", "--inline-items", "--out", files[0])))
     inputs: list[str | Path] = [*files]
     if items:
         inputs += ["--items", items]
@@ -219,7 +219,8 @@ def _jobs(*, files: list[Path], state: Path, run_dir: Path, repository: Path, it
             ready=_throttled(lambda: catalogue.is_dir() or done("replay") or _has_sessions(state)),
             command=command("items", "--state", state, *shared)),
         Job(name="train", ready=lambda: done("items"),
-            command=command("train", "--state", state, "--run", run_dir, "--follow", "--preset", preset, *shared)),
+            command=command("train", "--state", state, "--run", run_dir, "--follow", "--preset", preset,
+                            "--set", f"train.checkpoint_seconds={publish_every}", *shared)),
     ]
     if ports:
         jobs.append(Job(name="serve", ready=state.is_dir, command=command(

@@ -28,6 +28,9 @@ def simulate(
     duplicate_share: Annotated[float, typer.Option(help="Share of events that arrive twice.")] = 0.003,
     progress_share: Annotated[float, typer.Option(help="Share of watches that also report half-way.")] = 0.02,
     embeddings: Annotated[bool, typer.Option(help="Write the items' noisy vectors.")] = True,
+    inline_items: Annotated[
+        bool, typer.Option("--inline-items", help="New uploads as `item` events in the log, at their time.")
+    ] = False,
     json: JsonOption = False,
 ) -> None:
     """Write the log of a small world: tastes that drift, uploads every day, watches and interactions.
@@ -50,7 +53,7 @@ def simulate(
                TimeRemainingColumn())
     with Progress(*columns, console=err, transient=True) as bar:
         task = bar.add_task("", total=1.0, events=0)
-        written = write_world(World(config), target, catalogue, embeddings=embeddings,
+        written = write_world(World(config), target, catalogue, embeddings=embeddings, inline=inline_items,
                               progress=lambda done, events: bar.update(task, completed=done, events=events))
     seconds = time.perf_counter() - began
     report = {**written._asdict(), "users": users, "days": days, "seed": seed, "out": str(target),

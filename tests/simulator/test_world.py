@@ -63,6 +63,24 @@ def test_no_item_is_shown_before_its_upload(log: tuple[list[dict], list[dict]]) 
     assert all(event["ts"] >= uploaded[event["item_id"]] for event in events)
 
 
+def test_inline_uploads_stand_in_the_log_before_their_first_event(tmp_path: Path) -> None:
+    plain, catalogue = written(tmp_path, SMALL)
+    events = tmp_path / "inline.jsonl"
+    write_world(World(SMALL), events, items_path(events), inline=True)
+    lines = events.read_bytes().splitlines(keepends=True)
+    inline = [line for line in lines if line.startswith(b'{"type":"item"')]
+    assert len(inline) == SMALL.items // 2
+    assert b"".join(line for line in lines if line not in set(inline)) == plain
+    assert items_path(events).read_bytes() + b"".join(inline) == catalogue
+    known = {orjson.loads(line)["item_id"] for line in items_path(events).read_bytes().splitlines()}
+    for line in lines:
+        event = orjson.loads(line)
+        if event["type"] == "item":
+            known.add(event["item_id"])
+        else:
+            assert event["item_id"] in known
+
+
 def test_new_items_appear_and_are_watched_every_day(log: tuple[list[dict], list[dict]]) -> None:
     events, items = log
     watched = {event["item_id"] for event in events if event["type"] == "watch"}
