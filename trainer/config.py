@@ -45,6 +45,8 @@ class ModelConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
 class TrainConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """The continuous trainer (paper 5.1.1).
 
+    A checkpoint is written after `checkpoint_sessions`, or `checkpoint_seconds` where something was learnt since; neither
+    decides any weight.
     `score_share`: share of the sessions that are scored before they are learnt, `score_beams` wide. `backlog_passes`:
     how often the sessions that ended before `backlog_until_ms` (None: all that the log holds at the start) are learnt
     before the trainer goes on with the rest, each once. `history_tokens` None: the preset's.
@@ -57,6 +59,7 @@ class TrainConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     clip_norm: Annotated[float, Meta(gt=0)] = 1.0
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     checkpoint_sessions: Positive = 4096
+    checkpoint_seconds: Annotated[float, Meta(gt=0)] = 300.0
     keep_checkpoints: Positive = 3
     idle_seconds: Annotated[float, Meta(gt=0)] = 2.0
     score_beams: Positive = 16

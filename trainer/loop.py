@@ -221,32 +221,45 @@ class _Trainer:
         self._scorer: ModelScorer | None = None
         self._scorer_known = -1
         self._recent: list[Line] = []
+        self._saved_at = time.monotonic()
 
     def run(
         self, follow: bool, stopped: Callable[[], bool], progress: Callable[[Progress], None]
     ) -> Result:
         """Learn until the log ends, or without end; a checkpoint every so often and at the end."""
         settings, checkpoint = self._settings, self._checkpoint
+        step = saved = checkpoint.step if checkpoint else 0
+        cursor = checkpoint.cursor if checkpoint else Cursor()
+        place = (checkpoint.watermark, checkpoint.items) if checkpoint else (None, 0)
+        new_sessions = since = 0
+
+        def rest(seconds: float) -> None:
+            # An idle log must not keep what was learnt from being published.
+            nonlocal saved, since
+            if step > saved and time.monotonic() - self._saved_at >= settings.checkpoint_seconds:
+                self._save(step, cursor, *place)
+                saved, since = step, 0
+            time.sleep(seconds)
+
         batches = BatchReader(
             self._reader,
             self._journal,
             self._refresh_items,
-            cursor=checkpoint.cursor if checkpoint else Cursor(),
-            known=checkpoint.items if checkpoint else 0,
+            cursor=cursor,
+            known=place[1],
             m=self._run.model.session_items,
             n=self._run.model.history_length,
             batch_windows=settings.batch_windows,
             idle_seconds=settings.idle_seconds,
             gap_ms=self._reader.semantics().session.gap_ms,
-            watermark=checkpoint.watermark if checkpoint else None,
+            watermark=place[0],
             backlog=self._run.backlog,
             rounds=settings.backlog_passes,
             follow=follow,
             stopped=stopped,
+            sleep=rest,
         )
-        step = saved = checkpoint.step if checkpoint else 0
-        cursor = checkpoint.cursor if checkpoint else Cursor()
-        began, new_sessions, since = time.monotonic(), 0, 0
+        began = time.monotonic()
         while not stopped():
             batch = batches.next(step + 1)
             if batch is None:
@@ -255,8 +268,10 @@ class _Trainer:
             line = self._learn(step, batch, batches.known)
             sessions = len({example.session_id for example in batch.examples})
             new_sessions, since = new_sessions + sessions, since + sessions
-            if since >= settings.checkpoint_sessions:
-                self._save(step, cursor, batches)
+            place = batches.watermark(), batches.known
+            waited = time.monotonic() - self._saved_at
+            if since >= settings.checkpoint_sessions or waited >= settings.checkpoint_seconds:
+                self._save(step, cursor, *place)
                 saved, since = step, 0
             progress(
                 Progress(
@@ -264,12 +279,12 @@ class _Trainer:
                     sessions=self._counters["sessions"],
                     log_sessions=self._reader.counters().high_quality,
                     sessions_per_second=new_sessions / max(1e-9, time.monotonic() - began),
-                    watermark=batches.watermark(),
+                    watermark=place[0],
                 )
             )
         seconds = time.monotonic() - began
         if step > saved:
-            self._save(step, cursor, batches)
+            self._save(step, cursor, batches.watermark(), place[1])
         os.close(self._metrics)
         self._journal.close()
         return Result(
@@ -337,8 +352,11 @@ class _Trainer:
         )
         return {"onerec": self._scorer.score(examples), **baselines}
 
-    def _save(self, step: int, cursor: Cursor, batches: BatchReader) -> None:
-        """Write a checkpoint of the place after batch `step`; the metrics so far are on the disk before it."""
+    def _save(self, step: int, cursor: Cursor, watermark: int | None, known: int) -> None:
+        """Write a checkpoint of the place after batch `step`, with the watermark and the items known then.
+
+        The metrics so far are on the disk before it.
+        """
         os.fsync(self._metrics)
         state: dict[str, Any] = {
             "optimizer": self._optimizer.state_dict(),
@@ -350,9 +368,9 @@ class _Trainer:
             Checkpoint(
                 step=step,
                 cursor=cursor,
-                watermark=batches.watermark(),
+                watermark=watermark,
                 codebook_version=self._run.codebook_version,
-                items=batches.known,
+                items=known,
                 model_config=self._run.model,
                 session_items=self._run.model.session_items,
                 metrics_bytes=os.fstat(self._metrics).st_size,
@@ -364,6 +382,7 @@ class _Trainer:
             state,
         )
         self._recent = []
+        self._saved_at = time.monotonic()
         prune_checkpoints(self._run_dir, self._settings.keep_checkpoints)
 
     def _restore(self, checkpoint: Checkpoint) -> None:

@@ -15,7 +15,7 @@ from trainer.checkpoint import sync_file
 from trainer.config import ModelConfig, TrainConfig
 
 FORMAT = 1
-OPERATIONAL = frozenset({"checkpoint_sessions", "keep_checkpoints", "idle_seconds"})
+OPERATIONAL = frozenset({"checkpoint_sessions", "checkpoint_seconds", "keep_checkpoints", "idle_seconds"})
 """Settings of `train` that may change between two starts of a run: they decide neither weights nor metrics."""
 
 
