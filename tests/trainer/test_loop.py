@@ -328,3 +328,19 @@ def test_follow_learns_what_arrives_and_its_journal_repeats_it(tmp_path: Path) -
 
 def _learnt(run: Path) -> int:
     return sum(line.sessions for line in read_metrics(run / "metrics.jsonl"))
+
+
+def test_what_an_idle_log_left_learnt_is_saved_after_the_seconds_asked_for(
+    state: Path, tmp_path: Path, reference: tuple[Path, Result]
+) -> None:
+    deadline = time.monotonic() + 60
+    seen: list[int] = []
+
+    def stopped() -> bool:
+        seen.extend(step for step in checkpoint_steps(tmp_path) if step == reference[1].steps)
+        return bool(seen) or time.monotonic() > deadline
+
+    quick = settings("train.checkpoint_sessions=1000000", "train.checkpoint_seconds=0.5", "train.idle_seconds=0.2")
+    train(state, tmp_path, quick, follow=True, stopped=stopped)
+    assert seen
+    assert fingerprint(tmp_path) == fingerprint(reference[0])
