@@ -202,14 +202,14 @@ def _imported(source: Path) -> set[str]:
     pending: list[ast.AST] = [ast.parse(source.read_text(encoding="utf-8"))]
     while pending:
         node = pending.pop()
-        if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test):
-            continue
         if isinstance(node, ast.Import):
             names.update(alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom) and node.module and node.level == 0:
             names.add(node.module)
             names.update(f"{node.module}.{alias.name}" for alias in node.names)
-        pending.extend(ast.iter_child_nodes(node))
+        elif not (isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test)):
+            for block in ("body", "orelse", "handlers", "finalbody"):
+                pending.extend(getattr(node, block, None) or [])
     return names
 
 

@@ -59,9 +59,9 @@ def compare(reference: Beams, served: Beams) -> Parity:
             raise Failure(f"parity: torch finds {live.sum()} sessions for history {row}, the graph another number")
         scores = reference.scores[row, live].astype(np.float64)
         difference = np.abs(scores - served.scores[row, live])
+        if not (difference <= SCORE_TOLERANCE).all():  # not `>`: NaN must not pass
+            raise Failure(f"parity: scores of history {row} differ by {difference.max():.2g} between torch and the graph")
         largest = max(largest, float(difference.max(initial=0.0)))
-        if largest > SCORE_TOLERANCE:
-            raise Failure(f"parity: scores of history {row} differ by {largest:.2g} between torch and the graph")
         gaps = np.abs(np.diff(scores))
         tied = np.append(gaps <= SCORE_TOLERANCE, True) | np.append(False, gaps <= SCORE_TOLERANCE)
         # The last beam's neighbour was cut off, so it may be tied with one that is not here: only its score is checked.

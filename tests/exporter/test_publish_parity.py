@@ -48,6 +48,8 @@ def test_a_wrong_score_or_another_number_of_sessions_is_refused() -> None:
     reference = beams([-1.0, -2.0, -3.0])
     with pytest.raises(Failure, match="scores of history 0"):
         compare(reference, Beams(reference.leaves, reference.scores + np.float32(2 * SCORE_TOLERANCE)))
+    with pytest.raises(Failure, match="differ by nan"):
+        compare(reference, Beams(reference.leaves, reference.scores * np.float32(np.nan)))
     with pytest.raises(Failure, match="torch finds 3 sessions"):
         compare(reference, beams([-1.0, -2.0, -3.0], dead=1))
 

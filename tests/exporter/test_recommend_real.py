@@ -1,0 +1,238 @@
+"""The whole way with every part real: log, catalogue, model, graph, bundle, Triton, command line; same sessions in all."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import pytest
+import torch
+from typer.testing import CliRunner
+
+from exporter.bundle import verify_bundle
+from exporter.client import Client
+from exporter.publish import load_repository
+from exporter.repository import Repository
+from exporter.server import TritonServer
+from onerec.cli import build
+from onerec.errors import OneRecError, UserError
+from serving_config.recommend.engine import Engine
+from streaming.store import Reader
+from trainer.beam import beam_search, trie_tensors
+from trainer.checkpoint import Checkpoint, Cursor, load_checkpoint, load_model, save_checkpoint
+from trainer.config import ModelConfig
+from trainer.items import load_catalogue
+from trainer.model import OneRec
+
+pytestmark = pytest.mark.slow
+
+WIDTH = 12
+START = Callable[..., tuple[TritonServer, Client]]
+
+
+def call(*arguments: str | Path) -> str:
+    """Standard output of an `onerec` command that must succeed."""
+    result = CliRunner().invoke(build(), [str(argument) for argument in arguments], catch_exceptions=False)
+    assert result.exit_code == 0, result.output
+    return result.stdout
+
+
+class World(NamedTuple):
+    folder: Path
+    server: TritonServer
+    client: Client
+
+    @property
+    def state(self) -> Path:
+        return self.folder / "state"
+
+    @property
+    def run(self) -> Path:
+        return self.folder / "run"
+
+    @property
+    def repository(self) -> Path:
+        return self.folder / "repository"
+
+    def publish(self, *more: str | Path) -> dict:
+        out = call(
+            "publish", "--run", self.run, "--repository", self.repository, "--server", self.server.url,
+            "--set", f"beam.width={WIDTH}", "--json", *more,
+        )  # fmt: skip
+        return json.loads(out.splitlines()[-1])
+
+
+def checkpoint(run: Path, state: Path, *, step: int, seed: int, codebook: str | None = None) -> Checkpoint:
+    """An untrained small model as a checkpoint of a run on the state's catalogue."""
+    catalogue = load_catalogue(state)
+    config = ModelConfig(
+        d_model=16, heads=2, d_ff=16, encoder_layers=1, decoder_layers=1, experts=2, levels=catalogue.levels,
+        codes=catalogue.codes, session_items=3, history_length=20,
+    )  # fmt: skip
+    torch.manual_seed(seed)
+    weights = OneRec(config).state_dict()
+    run.mkdir(exist_ok=True)
+    (run / "run.json").write_text(json.dumps({"state": str(state)}))
+    return save_checkpoint(
+        run,
+        Checkpoint(
+            step=step, cursor=Cursor(), watermark=step * 1_000, codebook_version=codebook or catalogue.version,
+            items=len(catalogue.item_ids), model_config=config, session_items=3, metrics_bytes=0, score=None,
+            counters={}, created_ms=0,
+        ),  # fmt: skip
+        weights,
+        {},
+    )
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory, start_triton: START) -> World:
+    """A simulated world, replayed, its catalogue fitted, an untrained model published to a running server."""
+    folder = tmp_path_factory.mktemp("world")
+    log = folder / "events.jsonl"
+    call("simulate", "--out", log, "--users", "40", "--items", "60", "--days", "1", "--seed", "3")
+    call("replay", log, "--state", folder / "state", "--items", folder / "events.items.jsonl", "--json")
+    call("items", "--state", folder / "state", "--json", "--set", "catalogue.codes=8")
+    checkpoint(folder / "run", folder / "state", step=1, seed=1)
+    (folder / "repository").mkdir()
+    server, client = start_triton(folder / "repository", folder / "state")
+    load_repository(folder / "repository", client)
+    made = World(folder, server, client)
+    assert made.publish()["version"] == 1
+    return made
+
+
+def by_torch(world: World, step: int, history: list[str]) -> tuple[list[list[str]], list[float]]:
+    """All live sessions of the torch search for a history, as item ids, with their scores."""
+    found = load_checkpoint(world.run / "checkpoints" / f"{step:09d}")
+    snapshot = Engine(world.repository / "recommend" / str(Repository(world.repository).versions()[-1])).snapshot
+    row = {item: place for place, item in enumerate(snapshot.item_ids)}
+    codes = snapshot.item_codes[[row[item] for item in history if item in row][-20:]].astype(np.int64)
+    length = max(1, len(codes))
+    history_codes, mask = torch.zeros(1, length, codes.shape[-1], dtype=torch.int64), torch.zeros(1, length).bool()
+    history_codes[0, : len(codes)] = torch.from_numpy(codes)
+    mask[0, : len(codes)] = True
+    beams = beam_search(load_model(found), trie_tensors(snapshot.trie), history_codes, mask, width=WIDTH)
+    leaves = beams.leaves[0][beams.alive[0]].numpy()
+    rows = snapshot.trie.session_rows(leaves).tolist()
+    return [[snapshot.item_ids[place] for place in session] for session in rows], beams.scores[0].tolist()
+
+
+def test_torch_onnx_runtime_and_triton_give_the_same_sessions_in_the_same_order(world: World) -> None:
+    newest = Repository(world.repository).versions()[-1]
+    engine = Engine(world.repository / "recommend" / str(newest))
+    step = engine.manifest.step
+    with Reader(world.state) as reader:
+        stored = dict(reader.users())
+    users = sorted(stored, key=lambda user: len(stored[user]))
+    for user in [users[0], users[len(users) // 2], users[-1]]:
+        sessions, scores = by_torch(world, step, stored[user])
+        answer = world.client.recommend(user, count=WIDTH)
+        assert answer.items == sessions
+        assert answer.scores == pytest.approx(scores, abs=1e-4)
+        beams = engine.search([engine.history(stored[user]).codes])
+        direct = engine.sessions(beams.leaves[0], beams.scores[0], WIDTH)
+        assert [[item.decode() for item in session] for session in direct.items] == sessions
+        assert world.client.recommend(history=stored[user], count=WIDTH).items == sessions
+        for session in sessions:
+            assert len(set(session)) == len(session)
+
+
+def test_a_new_checkpoint_is_served_without_a_new_trace(world: World) -> None:
+    before = world.client.recommend(history=[], count=WIDTH)
+    checkpoint(world.run, world.state, step=2, seed=2)
+    published = world.publish()
+    assert "template" not in published["seconds"]
+    answer = world.client.recommend(history=[], count=WIDTH)
+    assert (answer.model_version, answer.watermark) == (published["version"], 2_000)
+    assert answer.items == by_torch(world, 2, [])[0] != before.items
+
+
+def test_items_that_came_since_are_served_by_the_next_version(world: World, tmp_path: Path) -> None:
+    known = len(load_catalogue(world.state).item_ids)
+    entries = [json.loads(line) for line in (world.folder / "events.items.jsonl").read_text().splitlines()]
+    fresh = {**entries[0], "item_id": "brand-new", "ts": max(entry["ts"] for entry in entries)}
+    (tmp_path / "new.jsonl").write_text(json.dumps(fresh) + "\n")
+    call("replay", tmp_path / "new.jsonl", "--state", world.state, "--json")
+    assert world.publish()["items"] == known + 1
+    engine = Engine(Repository(world.repository).folder(Repository(world.repository).versions()[-1]))
+    assert "brand-new" in engine.snapshot.item_ids
+    assert engine.history(["brand-new"]).unknown == 0
+
+
+def test_weights_of_an_unknown_codebook_are_refused_and_the_served_version_stays(world: World) -> None:
+    before = world.client.recommend(history=[])
+    other = world.folder / "other-run"
+    checkpoint(other, world.state, step=9, seed=1, codebook="0123456789abcdef")
+    with pytest.raises(UserError, match="mixed versions.*0123456789abcdef"):
+        call("publish", "--run", other, "--repository", world.repository, "--server", world.server.url)
+    assert world.client.recommend(history=[]) == before
+
+
+def test_a_rebuilt_catalogue_does_not_disturb_a_run_on_the_one_before(world: World, tmp_path: Path) -> None:
+    state = tmp_path / "state"
+    shutil.copytree(world.state, state)
+    version = load_catalogue(state).version
+    call("items", "--state", state, "--json", "--set", "catalogue.codes=8", "--set", "catalogue.seed=5")
+    assert load_catalogue(state).version != version
+    call("export", "--run", world.run, "--state", state, "--out", tmp_path / "out", "--set", f"beam.width={WIDTH}")
+    assert verify_bundle(tmp_path / "out").codebook_version == version
+
+
+def test_recommend_shows_what_the_catalogue_says(world: World) -> None:
+    items = {}
+    for line in call("items", "--state", world.state, "--list", "--json").splitlines():
+        entry = json.loads(line)
+        items[entry["item_id"]] = entry
+    arguments = ["--server", world.server.url, "--repository", world.repository, "--state", world.state]
+    with Reader(world.state) as reader:
+        user, watermark = next(reader.users())[0], reader.watermark()
+    answer = json.loads(call("recommend", user, "--count", "2", "--json", *arguments))
+    assert watermark is not None and answer["behind_newest_event_ms"] >= watermark - answer["watermark"]
+    assert len(answer["sessions"]) == 2
+    for session in answer["sessions"]:
+        for item in session["items"]:
+            assert item["codes"] == items[item["item_id"]]["codes"]
+            assert item["tags"] == items[item["item_id"]]["tags"]
+    table = call("recommend", "--history", "", *arguments)
+    first = world.client.recommend(history=[]).items[0][0]
+    assert first in table and "has learnt up to" in table and "behind the newest event" in table
+
+
+def test_wrong_questions_on_the_command_line_are_user_errors(world: World) -> None:
+    for arguments in (["u1", "--history", "a"], [], ["--history", "a,,b"], ["u1", "--count", "1000"]):
+        with pytest.raises(UserError):
+            call("recommend", *arguments, "--server", world.server.url)
+    with pytest.raises(OneRecError, match="does not answer"):
+        call("recommend", "u1", "--server", "127.0.0.1:9")
+
+
+def test_versions_and_rollback_by_command(world: World) -> None:
+    checkpoint(world.run, world.state, step=5, seed=5)
+    version = world.publish()["version"]
+    left = json.loads(call("rollback", "--repository", world.repository, "--server", world.server.url, "--json"))
+    assert left == {"left": version, "serving": version - 1}
+    listed = json.loads(call("versions", "--repository", world.repository, "--server", world.server.url, "--json"))
+    found = {entry["version"]: entry for entry in listed}
+    assert found[version]["state"] == "rolled back" and found[version - 1]["state"] == "serving"
+    assert found[version - 1]["triton"] == "READY" and found[version]["watermark"] == 5_000
+    assert "rolled back" in call("versions", "--repository", world.repository)
+    assert world.publish()["version"] == version + 1
+
+
+def test_new_events_of_a_user_change_the_next_answer(world: World, tmp_path: Path) -> None:
+    newest = Repository(world.repository).versions()[-1]
+    engine = Engine(world.repository / "recommend" / str(newest))
+    with Reader(world.state) as reader:
+        watermark = reader.watermark()
+    events = [{"type": "like", "user_id": "late-comer", "item_id": item, "ts": watermark} for item in ("v1", "v2")]
+    (tmp_path / "more.jsonl").write_text("".join(json.dumps(event) + "\n" for event in events))
+    call("replay", tmp_path / "more.jsonl", "--state", world.state, "--json")
+    time.sleep(0.2)
+    expected = by_torch(world, engine.manifest.step, ["v1", "v2"])[0]
+    assert world.client.recommend("late-comer", count=WIDTH).items == expected
