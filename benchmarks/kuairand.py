@@ -2,15 +2,14 @@
 
     ONEREC_DATA=…/kuairand-pure python benchmarks/kuairand.py [--work DIR] [--only default|tuned] [--plot FILE]
 
-Replays nine days of the log, fits the semantic IDs on the first seven and trains on them, then goes on through the last
-two: every session is scored with the weights of that moment, then learnt. `default` are the trainer's defaults, each
-session once; `tuned` says below what it changes. Prints a Markdown table; writes the curve of the tuned run.
+Replays nine days of the log, fits the semantic IDs on the first seven and trains on them, then goes on through the
+last two: every session is scored with the weights of that moment, then learnt. `default` are the trainer's defaults,
+each session once; `tuned` says below what it changes. Prints a Markdown table; writes the curve of the last run.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import subprocess
 import sys
@@ -25,7 +24,10 @@ from trainer.evaluate import Line, Scores, mean_loss, means, read_metrics
 TEST_BEGINS = datetime(2022, 5, 2, tzinfo=timezone(timedelta(hours=8)))
 SEMANTICS = ["session.gap_ms=43200000", "session.min_watched=3", "session.min_total_watch_ms=30000",
              "session.min_interactions=0"]
-TUNED = ["train.learning_rate=0.001", "train.batch_windows=16", "train.backlog_passes=5"]
+BEGINS_MS = int(TEST_BEGINS.timestamp() * 1000)
+TUNED_CODEBOOK = ["catalogue.levels=2", "catalogue.codes=1024"]
+TUNED = ["train.learning_rate=0.001", "train.batch_windows=16", "train.backlog_passes=2",
+         f"train.backlog_until_ms={BEGINS_MS}"]
 ROWS = ("hit@1", "hit@5", "hit@10", "ndcg@5", "ndcg@10", "session_hit", "session_recall", "session_ndcg", "best_recall")
 
 
@@ -53,7 +55,7 @@ def table(columns: dict[str, Scores]) -> str:
 
 def tested(lines: list[Line]) -> list[Line]:
     """The batches whose newest window lies in the last two days."""
-    return [line for line in lines if line.ts >= TEST_BEGINS.timestamp() * 1000 and line.scored]
+    return [line for line in lines if line.ts >= BEGINS_MS and line.scored]
 
 
 def main() -> None:
@@ -67,30 +69,32 @@ def main() -> None:
     if not data:
         sys.exit("set ONEREC_DATA to the folder of KuaiRand-Pure (events_*.csv.gz, history_before_*.jsonl.gz, videos.csv.gz)")
     with tempfile.TemporaryDirectory() as temporary:
-        work = options.work or Path(temporary)
-        state, begins = work / "state", int(TEST_BEGINS.timestamp() * 1000)
-        if not (state / "catalogue").exists():
-            files = [*Path(data).glob("history_before_*.jsonl.gz"), *Path(data).glob("events_*.csv.gz")]
-            seconds = onerec("replay", *map(str, files), "--format", "kuairand", "--items",
-                             str(Path(data) / "videos.csv.gz"), "--state", str(state), *sets(SEMANTICS))
-            seconds += onerec("items", "--state", str(state), "--until", str(begins))
-            print(f"replay and semantic IDs: {seconds:.0f} s")
-        columns: dict[str, Scores] = {}
-        for name, settings in (("default", []), ("tuned", TUNED)):
-            if options.only not in (None, name):
-                continue
-            run = work / name
-            passes = [f"train.backlog_until_ms={begins}"] if any("passes" in s for s in settings) else []
-            seconds = onerec("train", "--state", str(state), "--run", str(run),
-                             *sets([*settings, *passes, "train.score_share=1"]))
-            lines = read_metrics(run / "metrics.jsonl")
-            windows, scores = means(tested(lines))
-            columns |= {"popularity": scores["popularity"], "co-visitation": scores["covisitation"]}
-            columns[f"OneRec {name}"] = scores["onerec"]
-            print(f"{name}: {seconds:.0f} s, {windows:,} windows of the last two days scored, "
-                  f"loss {mean_loss(tested(lines)):.3f} nats a code; " + json.dumps(settings))
-            draw(lines, options.plot, mark=begins, title=f"KuaiRand-Pure, {name}: scored before it is learnt (UTC)")
+        columns = measure(Path(data), options.work or Path(temporary), options.only, options.plot)
         print(f"test from {TEST_BEGINS.astimezone(UTC):%Y-%m-%d %H:%M} UTC\n\n{table(columns)}")
+
+
+def measure(data: Path, work: Path, only: str | None, plot: Path) -> dict[str, Scores]:
+    """Metrics by column; each run has a state and a codebook of its own."""
+    columns: dict[str, Scores] = {}
+    logs = [*data.glob("history_before_*.jsonl.gz"), *data.glob("events_*.csv.gz")]
+    for name, codebook, settings in (("default", [], []), ("tuned", TUNED_CODEBOOK, TUNED)):
+        if only not in (None, name):
+            continue
+        state, run = work / f"{name}-state", work / f"{name}-run"
+        prepared = onerec("replay", *map(str, logs), "--format", "kuairand", "--items", str(data / "videos.csv.gz"),
+                          "--state", str(state), *sets(SEMANTICS))
+        prepared += onerec("items", "--state", str(state), "--until", str(BEGINS_MS), *sets(codebook))
+        trained = onerec("train", "--state", str(state), "--run", str(run), *sets([*settings, "train.score_share=1"]))
+        lines = tested(read_metrics(run / "metrics.jsonl"))
+        windows, scores = means(lines)
+        columns |= {f"popularity, {name}": scores["popularity"], f"co-visitation, {name}": scores["covisitation"]}
+        columns[f"OneRec {name}"] = scores["onerec"]
+        print(f"{name}: replay and semantic IDs {prepared:.0f} s, training and scoring {trained:.0f} s; {windows:,} "
+              f"windows of the last two days scored, loss {mean_loss(lines):.3f} nats a code; {[*codebook, *settings]}",
+              flush=True)
+        draw(read_metrics(run / "metrics.jsonl"), plot, mark=BEGINS_MS,
+             title=f"KuaiRand-Pure, {name}: scored before it is learnt (UTC)")
+    return columns
 
 
 if __name__ == "__main__":
