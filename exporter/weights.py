@@ -18,6 +18,13 @@ import msgspec
 import torch
 from torch import Tensor
 
+import exporter.onnx_graph
+import exporter.trie
+import trainer.attention
+import trainer.beam
+import trainer.model
+import trainer.moe
+import trainer.norm
 from exporter.onnx_graph import OPSET, WEIGHTS_FILE, WeightPlace, build_graph, layout
 from exporter.trie import array_names
 from onerec.errors import Failure, UserError
@@ -27,6 +34,16 @@ GRAPH_FILE = "model.onnx"
 TEMPLATE_GRAPH = "template.onnx"
 TEMPLATE_FILE = "template.json"
 FORMAT = 1
+TRACED = (
+    exporter.onnx_graph,
+    exporter.trie,
+    trainer.attention,
+    trainer.beam,
+    trainer.model,
+    trainer.moe,
+    trainer.norm,
+)
+"""The code that decides the graph besides architecture and width."""
 
 
 class Template(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -49,8 +66,9 @@ class Template(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
 
 
 def template_key(config: ModelConfig, width: int) -> str:
-    """Name of a template: hash of all that decides the graph, the versions of its makers included."""
-    made_of = [FORMAT, msgspec.to_builtins(config), width, OPSET, _versions()]
+    """Name of a template: hash of all that decides the graph: architecture, width, traced code, its makers' versions."""
+    code = [hashlib.sha256(Path(str(module.__file__)).read_bytes()).hexdigest() for module in TRACED]
+    made_of = [FORMAT, msgspec.to_builtins(config), width, code, _versions()]
     return hashlib.sha256(msgspec.json.encode(made_of, order="sorted")).hexdigest()[:16]
 
 
