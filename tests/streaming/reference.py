@@ -24,8 +24,8 @@ tests. Where the text leaves a choice, the reading taken here is:
   not late, belong to no written session and may still come to belong to one: their ts is not below the watermark, or
   a session that is not written starts at or before them. A new event that is not late is refused when there are
   *more than* `max_open_events`; repeats and late events are not.
-- §3 "a line that is no valid event is taken at once": by §1 alone; with several such, in the order of the sources. A
-  valid `item` waits for its ts like any event.
+- §3 "a line that is no valid event is taken at once": by §1 alone; with several such, in the order of the sources. An
+  `item`, kept apart from all below §1, has no time here either and is taken at once, too.
 - §5 written sessions take no more part: sessions are cut from the watches that stand in none, and interactions choose
   among the sessions not written at that moment, as they stand then.
 - §5 "final": looked at after every valid event, whether it moved the watermark or not (in request mode a repeat that
@@ -207,12 +207,14 @@ def merge(sources: Sequence[Sequence[bytes]], now_ms: int, semantics: Semantics)
         for number, lines in enumerate(rest):
             while lines:
                 try:
-                    ts = parse_line(lines[0], now_ms, semantics).ts
+                    fields = parse_line(lines[0], now_ms, semantics)
                 except InvalidLine:
+                    fields = None
+                if fields is None or fields.type == "item":
                     yield lines.pop(0)
                     continue
-                if best is None or ts < best[0]:
-                    best = (ts, number)
+                if best is None or fields.ts < best[0]:
+                    best = (fields.ts, number)
                 break
         if best is not None:
             yield rest[best[1]].pop(0)

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import json
 import os
+import subprocess
+import sys
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -11,15 +14,16 @@ import orjson
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from reference import kuairand_lines, kuairand_seeds
-from worlds import FLUSH, NOW, T0, Outcome, by_core, by_reference, event, semantics, watch
+from reference import kuairand_lines, kuairand_seeds, merge, split_lines
+from worlds import FLUSH, NOW, T0, Outcome, by_core, by_reference, by_replay, event, semantics, watch
 
 from streaming.semantics import Semantics
 
 TYPES = ["like", "follow", "share", "collect", "comment", "dislike"]
 IDS = ["a", "b", "é", "%:", "\uffff", "\U00010000"]
+EXAMPLES = int(os.environ.get("ONEREC_EXAMPLES", "150"))
 WORLDS = settings(
-    max_examples=int(os.environ.get("ONEREC_EXAMPLES", "150")),
+    max_examples=EXAMPLES,
     deadline=None,
     suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large, HealthCheck.large_base_example],
 )
@@ -262,6 +266,37 @@ def test_broken_lines_get_the_same_reason(lines: list[bytes | None], now_ms: int
     assert_same(by_core(config, lines, now_ms=now_ms), by_reference(config, lines, now_ms=now_ms))
 
 
+@settings(WORLDS, max_examples=max(1, EXAMPLES // 5))
+@given(
+    world=worlds(),
+    sources=st.lists(st.integers(0, 2), min_size=1, max_size=70),
+    ends=st.lists(st.sampled_from([b"\n", b"\n", b"\r\n", b"\n\n", b"\n \r\n"]), min_size=1, max_size=5),
+    marks=st.lists(st.booleans(), min_size=3, max_size=3),
+    last_feed=st.booleans(),
+    batch=st.none() | st.integers(1, 9),
+)
+def test_files_are_merged_by_event_time(
+    world: tuple[Semantics, list[bytes | None]],
+    sources: list[int],
+    ends: list[bytes],
+    marks: list[bool],
+    last_feed: bool,
+    batch: int | None,
+) -> None:
+    config, lines = world
+    contents = [b"\xef\xbb\xbf" if mark else b"" for mark in marks]
+    for position, line in enumerate(line for line in lines if line is not FLUSH):
+        contents[sources[position % len(sources)]] += line + ends[position % len(ends)]
+    contents = [content + b"\n" if last_feed or not content else content for content in contents]
+    with tempfile.TemporaryDirectory() as folder:
+        files = [Path(folder) / f"{number}.jsonl" for number in range(len(contents))]
+        for file, content in zip(files, contents, strict=True):
+            file.write_bytes(content)
+        replayed = by_replay(config, files, Path(folder) / "state", batch=batch)
+    merged = merge([split_lines(content) for content in contents], NOW, config)
+    assert_same(replayed, by_reference(config, [*merged, FLUSH]))
+
+
 # -- §3: arrival order ---------------------------------------------------------------------------------------------
 
 LATENESS = 20
@@ -342,13 +377,38 @@ def kuairand() -> tuple[Path, Path]:
     return next(Path(folder).glob("events_*.csv.gz")), next(Path(folder).glob("history_before_*.jsonl.gz"))
 
 
-@pytest.mark.slow
-def test_the_kuairand_log_gives_what_the_reference_gives(kuairand: tuple[Path, Path]) -> None:
+KUAIRAND = semantics(gap_ms=12 * 3_600_000, min_watched=3, min_total_watch_ms=30_000, min_interactions=0)
+
+
+@pytest.fixture(scope="module")
+def kuairand_reference(kuairand: tuple[Path, Path]) -> Outcome:
     log, history = kuairand
-    config = semantics(gap_ms=12 * 3_600_000, min_watched=3, min_total_watch_ms=30_000, min_interactions=0)
-    lines: list[bytes | None] = [*kuairand_lines(log), FLUSH]
-    seeds = list(kuairand_seeds(history))
-    core = by_core(config, lines, seeds=seeds, batches=[5000], max_users=2_000)
-    reference = by_reference(config, lines, seeds=seeds)
-    assert reference.counters["events"] == 157_613
-    assert_same(core, reference)
+    outcome = by_reference(KUAIRAND, [*kuairand_lines(log), FLUSH], seeds=list(kuairand_seeds(history)))
+    assert outcome.counters["events"] == 157_613  # 154,071 rows and 3,542 flags
+    return outcome
+
+
+@pytest.mark.slow
+def test_the_kuairand_log_gives_what_the_reference_gives(
+    kuairand: tuple[Path, Path], kuairand_reference: Outcome, tmp_path: Path
+) -> None:
+    assert_same(by_replay(KUAIRAND, kuairand, tmp_path / "state"), kuairand_reference)
+
+
+@pytest.mark.slow
+def test_the_commands_print_the_kuairand_log_as_the_reference_does(
+    kuairand: tuple[Path, Path], kuairand_reference: Outcome, tmp_path: Path
+) -> None:
+    state = ["--state", str(tmp_path / "state"), "--json"]
+    values = ["gap_ms=43200000", "min_watched=3", "min_total_watch_ms=30000", "min_interactions=0"]
+    config = [argument for value in values for argument in ("--set", f"session.{value}")]
+    replayed = onerec("replay", *map(str, kuairand), "--format", "kuairand", *state, *config)
+    summary = orjson.loads(replayed.splitlines()[-1])
+    assert {name: summary[name] for name in kuairand_reference.counters} == kuairand_reference.counters
+    assert onerec("sessions", *state, *config).splitlines() == kuairand_reference.sessions
+    assert onerec("histories", *state, *config).splitlines() == kuairand_reference.histories
+
+
+def onerec(*arguments: str) -> bytes:
+    script = "import sys; from onerec.cli import main; sys.exit(main())"
+    return subprocess.run([sys.executable, "-c", script, *arguments], check=True, stdout=subprocess.PIPE).stdout

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import orjson
 from reference import Reference
 
-from streaming.core import Changes, Core
+from streaming.core import Changes, Core, Counters
+from streaming.replay import Clock, Replay
 from streaming.semantics import HistoryConfig, Semantics, SessionConfig, StreamConfig, WatchConfig
 from streaming.sessions import Session, session_json
 from streaming.state import NEVER, decode_due
+from streaming.store import Reader, Store
 from streaming.windows import windows
 
 FLUSH = None
@@ -101,8 +104,11 @@ def by_core(
         )
 
     if seeds:
-        for user_id in dict.fromkeys(user_id for user_id, _, _ in seeds):
-            core.seed(user_id, [(ts, item_id) for owner, item_id, ts in seeds if owner == user_id])
+        positives: dict[str, list[tuple[int, str]]] = {}
+        for user_id, item_id, ts in seeds:
+            positives.setdefault(user_id, []).append((ts, item_id))
+        for user_id, found in positives.items():
+            core.seed(user_id, found)
         commit(core.seeded())
     batch: list[tuple[int, bytes]] = []
     turn = 0
@@ -133,20 +139,47 @@ def by_core(
         items = core.history(user_id)
         if items is not None:
             histories.append(orjson.dumps({"user_id": user_id, "items": items}))
-    counts = core.counters
-    counters: dict[str, int | None] = {
-        name: getattr(counts, name)
-        for name in ("events", "duplicates", "late", "dead_letters", "users", "sessions", "high_quality")
-    }
-    counters["watermark"] = core.watermark
+    return outcome(semantics, sessions, histories, core.counters, core.watermark, dead_letters)
+
+
+def by_replay(semantics: Semantics, files: Sequence[Path], state: Path, *, batch: int | None = None) -> Outcome:
+    """The files through replay and store."""
+    with Store(state, semantics) as store:
+        Replay(store, [str(path) for path in files], clock=Clock(wall_ms=lambda: NOW), max_batch=batch).run()
+    with Reader(state) as reader:
+        return outcome(
+            semantics,
+            [session for _, session in reader.sessions()],
+            [orjson.dumps({"user_id": user_id, "items": items}) for user_id, items in reader.users()],
+            reader.counters(),
+            reader.watermark(),
+            [(letter.raw, letter.reason) for _, letter in reader.dead_letters()],
+        )
+
+
+def outcome(
+    semantics: Semantics,
+    sessions: list[Session],
+    histories: list[bytes],
+    counters: Counters,
+    watermark: int | None,
+    dead_letters: list[tuple[bytes, str]],
+) -> Outcome:
+    names = ("events", "duplicates", "late", "dead_letters", "users", "sessions", "high_quality")
     m, n = semantics.session.target_items, semantics.history.length
-    found = [
+    targets = [
         (window.items, window.history, window.ts)
         for session in sessions
         if session.high_quality
         for window in windows(session, m, n)
     ]
-    return Outcome([session_json(session) for session in sessions], histories, counters, dead_letters, found)
+    return Outcome(
+        [session_json(session) for session in sessions],
+        histories,
+        {name: getattr(counters, name) for name in names} | {"watermark": watermark},
+        dead_letters,
+        targets,
+    )
 
 
 def event(type_: str, user_id: str, item_id: str, at: int, **more: object) -> bytes:
