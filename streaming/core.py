@@ -17,15 +17,14 @@ from typing import Any, Final
 import msgspec
 
 from streaming.events import (
+    DEEP_LINE,
     DISLIKE,
-    ITEM,
     KINDS,
     LIKE,
     MAX_DEPTH,
-    MAX_DURATION_MS,
     MAX_LINE_BYTES,
-    MIN_TS,
     WATCH,
+    FastLine,
     Line,
     Rejected,
     Row,
@@ -100,17 +99,21 @@ class Changes(msgspec.Struct):
 
 
 class User:
-    """One user's state in memory; `due` is at most the time whose passing makes the first open session final."""
+    """One user's state in memory; `due` is at most the time whose passing makes the first open session final.
 
-    __slots__ = ("base", "base_bytes", "base_dirty", "due", "known", "live", "open", "pending", "purge_at", "seen", "sorted")
+    Every event that can still change something stands in `known` or, once its identity is forgotten, in `open`, `pending` or
+    `recent` alone; its flags say in which.
+    """
+
+    __slots__ = ("base", "base_bytes", "base_dirty", "due", "known", "open", "pending", "purge_at", "recent", "seen", "sorted")
 
     def __init__(self) -> None:
         self.due = NEVER
-        self.live: list[Event] = []
         self.known: dict[tuple[Any, ...], Event] = {}
         self.open: list[Event] = []
         self.sorted = True
         self.pending: list[Event] = []
+        self.recent: list[Event] = []
         self.purge_at = PURGE_AT
         self.base_bytes: bytes | None = None
         self.base: Base | None = None
@@ -120,14 +123,25 @@ class User:
     def compacted(self) -> Base:
         """The compacted history, decoded when first needed."""
         if self.base is None:
-            self.base = decode_base(self.base_bytes) if self.base_bytes else Base([], [])
+            self.base = decode_base(self.base_bytes) if self.base_bytes else {}
         return self.base
+
+    def live(self) -> list[Event]:
+        """Every event that can still change something, each once."""
+        events = list(self.known.values())
+        events += [e for e in self.open if not e.flags & KNOWN]
+        if self.pending:
+            events += [e for e in self.pending if not e.flags & KNOWN]
+        events += [e for e in self.recent if not e.flags & (KNOWN | OPEN | PENDING)]
+        return events
+
+    def positives(self) -> list[tuple[int, str]]:
+        """(ts, item id) of the positive events that the base does not hold yet."""
+        return [(e.ts, e.item_id) for e in self.recent]
 
 
 def _identity(event: Event) -> tuple[Any, ...]:
-    if event.event_id is None:
-        return event.kind, event.item_id, event.ts
-    return event.kind, event.event_id
+    return (event.kind, event.item_id, event.ts) if event.event_id is None else (event.kind, event.event_id)
 
 
 class Core:
@@ -159,6 +173,12 @@ class Core:
         heapq.heapify(self._due)
         self._max_users = max_users
         self._final: list[Session] = []
+        self._sealed: list[Session] = []
+        self._by_request = semantics.session.by == "request"
+        self._effective_ms = semantics.watch.effective_ms
+        self._dedup_ms = semantics.stream.dedup_horizon_ms
+        self._max_open = semantics.stream.max_open_events
+        self._gap_ms = semantics.session.gap_ms
 
     @property
     def watermark(self) -> int | None:
@@ -170,9 +190,7 @@ class Core:
         user = self._find(user_id)
         if user is None or not user.seen:
             return None
-        positives = [(e.ts, e.item_id) for e in user.live if e.flags & RECENT]
-        n = self.semantics.history.length
-        return merge_positives(user.compacted(), positives, n).items[-n:]
+        return list(merge_positives(user.compacted().copy(), user.positives(), self.semantics.history.length))
 
     def seed(self, user_id: str, positives: list[tuple[int, str]]) -> None:
         """Puts (pseudo-time, item id) into a history before any event of the user (§8); no event is counted."""
@@ -180,10 +198,9 @@ class Core:
         if user is None:
             user = self._users[user_id] = User()
         # As recent events, not into the base: a seed may lie after the start of a session to come.
-        user.live += [
+        user.recent += [
             Event(LIKE, item_id, ts, 0, 0, None, None, ts, RECENT | POSITIVE | LATE) for ts, item_id in positives
         ]
-        user.purge_at = max(PURGE_AT, 2 * len(user.live))
         user.base_dirty = user.base_bytes is None
         self._touched[user_id] = user
 
@@ -200,48 +217,37 @@ class Core:
         now = int(time.time() * 1000) if now_ms is None else now_ms
         max_ts = now + self.semantics.stream.future_ms
         ooo = self.semantics.stream.max_out_of_orderness_ms
-        kinds, find_kind = KINDS, KINDS.get
+        kinds, parse, event = KINDS, fast_decode, self._event
         dead: list[DeadLetter] = []
         items: list[ItemRecord] = []
-        event = self._event
+        results: list[Line | ItemRecord | Rejected]
         count = 0
         wm = self._wm
         for position, raw in records:
             if isinstance(raw, bytes):
                 try:
-                    if len(raw) > MAX_LINE_BYTES or raw.count(b"[") + raw.count(b"{") > MAX_DEPTH:
+                    if len(raw) > DEEP_LINE and (raw.count(b"[") + raw.count(b"{") > MAX_DEPTH or len(raw) > MAX_LINE_BYTES):
                         raise ValueError
                     if not raw.isascii():
                         raw.decode()
-                    line = fast_decode(raw)
-                    kind = find_kind(line.type, ITEM)
-                    fast = (
-                        kind != ITEM
-                        and MIN_TS <= line.ts <= max_ts
-                        and 0 < len(line.user_id) <= 64
-                        and 0 < len(line.item_id) <= 64
-                        and (
-                            kind != WATCH
-                            or (0 <= line.watch_ms <= MAX_DURATION_MS and 0 <= line.duration_ms <= MAX_DURATION_MS)
-                        )
-                        and (line.event_id is None or 0 < len(line.event_id) <= 64)
-                        and (line.request_id is None or 0 < len(line.request_id) <= 64)
-                    )
+                    line = parse(raw)
+                    kind = kinds[line.type]
+                    ts = line.ts
+                    if ts > max_ts or (kind == WATCH and (line.watch_ms < 0 or line.duration_ms < 0)):
+                        raise ValueError
                 except (ValueError, RecursionError, msgspec.MsgspecError):
-                    fast = False
-                if fast:
+                    if not raw.strip(b" \t\r"):
+                        continue
+                    results, source = [decode(raw, max_ts)], raw
+                else:
                     reason = event(kind, line, wm)
                     if reason is None:
                         count += 1
-                        if line.ts - ooo > wm:
-                            self._wm = wm = line.ts - ooo
+                        if ts - ooo > wm:
+                            self._wm = wm = ts - ooo
                     else:
                         dead.append(DeadLetter(position, raw, reason))
                     continue
-                if not raw.strip(b" \t\r"):
-                    continue
-                results: list[Line | ItemRecord | Rejected] = [decode(raw, max_ts)]
-                source = raw
             else:
                 results, source = raw.events, raw.raw
             for result in results:
@@ -288,8 +294,8 @@ class Core:
             live, user.base_bytes = stored
             user.seen = user.base_bytes is not None and is_seen(user.base_bytes)
             if live:
-                user.due, user.live = decode_live(live)
-                for e in user.live:
+                user.due, events = decode_live(live)
+                for e in events:
                     flags = e.flags
                     if flags & KNOWN:
                         user.known[_identity(e)] = e
@@ -297,11 +303,13 @@ class Core:
                         user.open.append(e)
                     elif flags & PENDING:
                         user.pending.append(e)
+                    if flags & RECENT:
+                        user.recent.append(e)
                 user.sorted = False
-                user.purge_at = max(PURGE_AT, 2 * len(user.live))
+                user.purge_at = max(PURGE_AT, 2 * len(events))
         return user
 
-    def _event(self, kind: int, line: Line, wm: int) -> str | None:
+    def _event(self, kind: int, line: Line | FastLine, wm: int) -> str | None:
         """Applies one valid event with the watermark before it; the reason if state refuses it."""
         user_id, ts, item_id, event_id = line.user_id, line.ts, line.item_id, line.event_id
         user = self._users.get(user_id)
@@ -311,69 +319,62 @@ class Core:
                 user = self._users[user_id] = User()
         if user.due < wm:
             self._finalize(user_id, user, wm)
-            self._touched[user_id] = user
-        semantics = self.semantics
-        key = (kind, item_id, ts) if event_id is None else (kind, event_id)
+        self._touched[user_id] = user
         if kind == WATCH:
-            least = semantics.watch.effective_ms
-            effective = line.watch_ms >= least or 0 < line.duration_ms <= least and line.watch_ms >= line.duration_ms
+            watch_ms, duration_ms, least = line.watch_ms, line.duration_ms, self._effective_ms
+            effective = watch_ms >= least or 0 < duration_ms <= least and watch_ms >= duration_ms
         else:
+            watch_ms = duration_ms = 0
             effective = kind != DISLIKE
+        key = (kind, item_id, ts) if event_id is None else (kind, event_id)
+        known_from = wm - self._dedup_ms
         old = user.known.get(key)
-        if old is not None and old.known_ts >= wm - semantics.stream.dedup_horizon_ms:
+        if old is not None and old.known_ts >= known_from:
             if old.item_id != item_id:
                 return "identity_conflict"
             self._merge(user_id, user, old, line, effective, wm)
             self.counters.duplicates += 1
-            self._touched[user_id] = user
             return None
+        opened = user.open
         if ts < wm:
             self.counters.late += 1
-            flags = LATE
-            if ts >= wm - semantics.stream.dedup_horizon_ms:
-                flags |= KNOWN
+            flags = LATE | KNOWN if ts >= known_from else LATE
         else:
-            flags = KNOWN
-            limit = semantics.stream.max_open_events
-            if len(user.open) + len(user.pending) > limit:
+            if len(opened) + len(user.pending) > self._max_open:
                 self._drop_stale(user, wm)
-                if len(user.open) + len(user.pending) > limit:
+                if len(opened) + len(user.pending) > self._max_open:
                     return "user_overflow"
-            flags |= OPEN if kind == WATCH else PENDING
+            flags = KNOWN | OPEN if kind == WATCH else KNOWN | PENDING
         if effective:
             flags |= EFFECTIVE | POSITIVE | RECENT
         if not user.seen:
             user.seen = user.base_dirty = True
             self.counters.users += 1
         if flags & ALIVE:
-            new = Event(
-                kind, item_id, ts, line.watch_ms if kind == WATCH else 0, line.duration_ms if kind == WATCH else 0,
-                event_id, line.request_id, ts, flags,
-            )
+            new = Event(kind, item_id, ts, watch_ms, duration_ms, event_id, line.request_id, ts, flags)
+            if effective:
+                user.recent.append(new)
             if flags & KNOWN:
                 if old is not None:
                     old.flags &= ~KNOWN
+                    del user.known[key]
                 user.known[key] = new
-            user.live.append(new)
             if flags & OPEN:
-                opened = user.open
                 if opened and ts <= opened[-1].ts:
                     user.sorted = False
                 opened.append(new)
-                due = ts + semantics.session.gap_ms
-                if due < user.due:
-                    user.due = due
-                    heapq.heappush(self._due, (due, user_id))
+                if ts + self._gap_ms < user.due:
+                    self._expect(user_id, user, ts)
             elif flags & PENDING:
                 user.pending.append(new)
-        self._touched[user_id] = user
         return None
 
-    def _merge(self, user_id: str, user: User, old: Event, line: Line, effective: bool, wm: int) -> None:
+    def _merge(self, user_id: str, user: User, old: Event, line: Line | FastLine, effective: bool, wm: int) -> None:
         """A repeat of a known event (§2)."""
         late = line.ts < wm
         if effective and not old.flags & POSITIVE:
             old.flags |= POSITIVE | RECENT
+            user.recent.append(old)
         if late or old.flags & LATE:
             return
         if line.ts > old.known_ts:
@@ -386,16 +387,32 @@ class Core:
         if old.kind == WATCH:
             old.watch_ms = max(old.watch_ms, line.watch_ms)
             old.duration_ms = max(old.duration_ms, line.duration_ms)
-        if line.request_id is not None and (old.request_id is None or line.request_id < old.request_id):
-            old.request_id = line.request_id
+        request_id = line.request_id
+        if request_id is not None and (old.request_id is None or request_id < old.request_id):
+            if self._by_request and old.flags & OPEN:
+                # The watch changes its session, and either may be final at once, after all that became final before.
+                self._settle(wm)
+                self._seal()
+                self._expect(user_id, user, old.ts)
+            old.request_id = request_id
         if line.ts < old.ts:
             old.ts = line.ts
             if old.kind == WATCH:
                 user.sorted = False
-                due = line.ts + self.semantics.session.gap_ms
-                if due < user.due:
-                    user.due = due
-                    heapq.heappush(self._due, (due, user_id))
+                self._expect(user_id, user, line.ts)
+
+    def _expect(self, user_id: str, user: User, ts: int) -> None:
+        """A watch at `ts` may end a session: it can be due from then on."""
+        due = ts + self._gap_ms
+        if due < user.due:
+            user.due = due
+            heapq.heappush(self._due, (due, user_id))
+
+    def _seal(self) -> None:
+        """What is final by now comes before whatever becomes final later in this batch."""
+        self._final.sort(key=lambda s: (s.end, s.session_id))
+        self._sealed += self._final
+        self._final = []
 
     def _finalize(self, user_id: str, user: User, limit: int) -> None:
         """Writes the user's sessions whose end + gap lies below `limit`, in the order (end, id)."""
@@ -407,25 +424,27 @@ class Core:
         gap = config.gap_ms
         due = sorted((s for s in sessions if s.end + gap < limit), key=lambda s: (s.end, s.session_id))
         waiting = [s for s in sessions if s.end + gap >= limit]
-        recent = [(e.ts, e.item_id) for e in user.live if e.flags & RECENT] if due else []
-        unwritten: list[OpenSession] = sessions
-        for session in due:
-            mine = [e for e in user.pending if owner(e, unwritten, config.feedback_ms) is session]
-            if mine:
-                for e in mine:
-                    e.flags &= ~PENDING
-                user.pending = [e for e in user.pending if e.flags & PENDING]
-            for e in session.watches:
-                e.flags &= ~OPEN
-            start = session.start
-            before = merge_positives(user.compacted(), [p for p in recent if p[0] < start], n).items[-n:]
-            final = build(session, user_id, mine, before, recent, config)
-            self.counters.sessions += 1
-            self.counters.high_quality += final.high_quality
-            self._final.append(final)
-            unwritten = [s for s in unwritten if s is not session]
         if due:
-            user.open = [e for e in user.open if e.flags & OPEN]
+            recent = user.positives()
+            unwritten: list[OpenSession] = sessions
+            for session in due:
+                mine: list[Event] = []
+                if user.pending:
+                    mine = [e for e in user.pending if owner(e, unwritten, config.feedback_ms) is session]
+                    for e in mine:
+                        e.flags &= ~PENDING
+                    user.pending = [e for e in user.pending if e.flags & PENDING]
+                for e in session.watches:
+                    e.flags &= ~OPEN
+                start = session.start
+                base, earlier = user.compacted(), [p for p in recent if p[0] < start]
+                history = list(merge_positives(base.copy(), earlier, n) if earlier else base)
+                final = build(session, user_id, mine, history, recent, config)
+                self.counters.sessions += 1
+                self.counters.high_quality += final.high_quality
+                self._final.append(final)
+                unwritten = [s for s in unwritten if s is not session]
+            user.open = [e for e in user.open if e.flags & OPEN] if waiting else []
         user.due = min((s.end + gap for s in waiting), default=NEVER)
         if user.due != NEVER:
             heapq.heappush(self._due, (user.due, user_id))
@@ -446,28 +465,32 @@ class Core:
     def _compact(self, user: User) -> None:
         """Moves settled positives into the base and forgets events that can change nothing."""
         wm = self._wm
-        self._drop_stale(user, wm)
+        if user.pending:
+            self._drop_stale(user, wm)
         # Below this time no history is asked for and no event's time can change any more.
-        settled = min((e.ts for e in user.open), default=wm)
-        settled = min(settled, wm)
-        known_from = wm - self.semantics.stream.dedup_horizon_ms
+        settled = min(wm, min((e.ts for e in user.open), default=wm))
+        known_from = wm - self._dedup_ms
+        # Identities are forgotten from the oldest on; one that stands behind a younger one waits, which changes no answer.
+        known = user.known
+        expired = []
+        for key, e in known.items():
+            if e.known_ts >= known_from:
+                break
+            expired.append(key)
+        if len(known) - len(expired) >= user.purge_at:
+            expired = [key for key, e in known.items() if e.known_ts < known_from]
+        for key in expired:
+            known.pop(key).flags &= ~KNOWN
         moved: list[tuple[int, str]] = []
-        live: list[Event] = []
-        for e in user.live:
-            flags = e.flags
-            if flags & RECENT and e.ts < settled:
+        recent: list[Event] = []
+        for e in user.recent:
+            if e.ts < settled:
                 moved.append((e.ts, e.item_id))
-                flags &= ~RECENT
-            if flags & KNOWN and e.known_ts < known_from:
-                flags &= ~KNOWN
-                key = _identity(e)
-                if user.known.get(key) is e:
-                    del user.known[key]
-            e.flags = flags
-            if flags & ALIVE:
-                live.append(e)
-        user.live = live
-        user.purge_at = max(PURGE_AT, 2 * len(live))
+                e.flags &= ~RECENT
+            else:
+                recent.append(e)
+        user.recent = recent
+        user.purge_at = max(PURGE_AT, 2 * (len(known) + len(recent)))
         if moved:
             user.base = merge_positives(user.compacted(), moved, self.semantics.history.length)
             user.base_dirty = True
@@ -488,19 +511,20 @@ class Core:
         changed: dict[str, tuple[bytes | None, bytes | None]] = {}
         users = self._users
         for user_id, user in self._touched.items():
-            if len(user.live) > user.purge_at:
+            if len(user.known) + len(user.recent) > user.purge_at:
                 self._compact(user)
             base = None
             if user.base_dirty:
                 base = user.base_bytes = encode_base(user.seen, user.compacted())
                 user.base_dirty = False
             user.base = None
-            changed[user_id] = (encode_live(user.due, user.live) if user.live else None, base)
+            live = user.live()
+            changed[user_id] = (encode_live(user.due, live) if live else None, base)
             users[user_id] = users.pop(user_id)
         self._touched = {}
         if len(users) > self._max_users:
             for user_id in list(users)[: len(users) - self._max_users]:
                 del users[user_id]
-        sessions, self._final = self._final, []
-        sessions.sort(key=lambda s: (s.end, s.session_id))
+        self._seal()
+        sessions, self._sealed = self._sealed, []
         return Changes(changed, sessions, dead, items)

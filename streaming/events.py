@@ -5,10 +5,11 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping
-from typing import Any, Final
+from typing import Annotated, Any, Final, Literal
 
 import msgspec
 import orjson
+from msgspec import Meta
 
 from streaming.items import ItemRecord
 
@@ -78,9 +79,28 @@ class Row(msgspec.Struct, gc=False):
     size: int = 0
 
 
-fast_decode = msgspec.json.Decoder(Line).decode
-"""JSON line → Line in one C call. It refuses more than §1 does (a refused line goes to `decode`), and accepts more in one
-point only: bad UTF-8 in what it skips. So its answer counts for lines that are ASCII, or valid UTF-8."""
+ShortId = Annotated[str, Meta(min_length=1, max_length=MAX_ID_BYTES // 4)]
+Duration = Annotated[int, Meta(ge=0, le=MAX_DURATION_MS)]
+
+
+class FastLine(msgspec.Struct, gc=False):
+    """A Line as almost all lines are: every value in its usual range, so that one C call parses and validates."""
+
+    type: Literal["watch", "like", "follow", "share", "collect", "comment", "dislike"]
+    user_id: ShortId
+    item_id: ShortId
+    ts: Annotated[int, Meta(ge=MIN_TS)]
+    watch_ms: Duration = -1
+    duration_ms: Duration = -1
+    event_id: ShortId | None = None
+    request_id: ShortId | None = None
+
+
+fast_decode = msgspec.json.Decoder(FastLine).decode
+"""JSON line → FastLine. It refuses more than §1 does (a refused line goes to `decode`), and accepts more in three points only:
+bad UTF-8 in what it skips, deep nesting there, and a watch without its durations; those are the caller's to check."""
+DEEP_LINE: Final = 2 * MAX_DEPTH
+"""A line of at most so many bytes cannot be nested deeper than allowed."""
 
 
 def _is_id(value: Any) -> bool:

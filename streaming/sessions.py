@@ -49,23 +49,25 @@ class Session(msgspec.Struct, array_like=True, gc=False):
     positives: list[tuple[int, str]]
 
 
-class OpenSession(msgspec.Struct, gc=False):
-    """Watches that form a session so far, in session order."""
+class OpenSession:
+    """Watches that form a session so far, in session order; `start` and `end` are the times of the first and last, ms."""
 
-    session_id: str
-    request_id: str | None
-    watches: list[Event]
-    item_ids: set[str]
+    __slots__ = ("_item_ids", "end", "request_id", "session_id", "start", "watches")
+
+    def __init__(self, session_id: str, request_id: str | None, watches: list[Event]) -> None:
+        self.session_id = session_id
+        self.request_id = request_id
+        self.watches = watches
+        self.start = watches[0].ts
+        self.end = watches[-1].ts
+        self._item_ids: set[str] | None = None
 
     @property
-    def start(self) -> int:
-        """Time of the first watch, ms."""
-        return self.watches[0].ts
-
-    @property
-    def end(self) -> int:
-        """Time of the last watch, ms."""
-        return self.watches[-1].ts
+    def item_ids(self) -> set[str]:
+        """The items watched."""
+        if self._item_ids is None:
+            self._item_ids = {event.item_id for event in self.watches}
+        return self._item_ids
 
 
 def watch_order(event: Event) -> tuple[int, str, str]:
@@ -85,27 +87,30 @@ def session_id(user_id: str, start: int, request_id: str | None) -> str:
 
 def split(user_id: str, watches: Sequence[Event], config: SessionConfig) -> list[OpenSession]:
     """Watches in `watch_order` → the sessions that they form, by start within each request."""
-    groups: dict[str | None, list[Event]] = {None: list(watches)}
+    groups: dict[str | None, Sequence[Event]] = {None: watches}
     if config.by == "request":
-        groups = {}
+        by_request: dict[str | None, list[Event]] = {}
         for event in watches:
-            groups.setdefault(event.request_id, []).append(event)
+            by_request.setdefault(event.request_id, []).append(event)
+        groups = dict(by_request)
+    gap, longest, most = config.gap_ms, config.max_ms, config.max_items
+    if config.by == "gap" and watches and len(watches) <= most and watches[-1].ts - watches[0].ts <= min(gap, longest):
+        return [OpenSession(session_id(user_id, watches[0].ts, None), None, list(watches))]
     sessions = []
     for request_id, group in groups.items():
-        first = 0
-        for i in range(1, len(group) + 1):
-            if i < len(group):
-                ts, last = group[i].ts, group[i - 1].ts
-                if not (
-                    ts > last + config.gap_ms
-                    or ts > group[first].ts + config.max_ms
-                    or (i - first >= config.max_items and ts > last)
-                ):
-                    continue
-            part = group[first:i]
-            name = session_id(user_id, part[0].ts, request_id)
-            sessions.append(OpenSession(name, request_id, part, {event.item_id for event in part}))
-            first = i
+        part: list[Event] = []
+        start = last = 0
+        for event in group:
+            ts = event.ts
+            if part and (ts > last + gap or ts > start + longest or (len(part) >= most and ts > last)):
+                sessions.append(OpenSession(session_id(user_id, start, request_id), request_id, part))
+                part = []
+            if not part:
+                start = ts
+            part.append(event)
+            last = ts
+        if part:
+            sessions.append(OpenSession(session_id(user_id, start, request_id), request_id, part))
     return sessions
 
 
@@ -133,13 +138,11 @@ def build(
 
     `positives` may hold any positive events of the user; those from `start` until before `end` are kept.
     """
-    items: list[SessionItem] = []
-    watched = total = 0
-    for event in session.watches:
-        effective = bool(event.flags & EFFECTIVE)
-        watched += effective
-        total += event.watch_ms
-        items.append(SessionItem(event.item_id, event.ts, event.watch_ms, event.duration_ms, [], effective))
+    items = [
+        SessionItem(e.item_id, e.ts, e.watch_ms, e.duration_ms, [], e.flags & EFFECTIVE != 0) for e in session.watches
+    ]
+    watched = sum([item.effective for item in items])
+    total = sum([item.watch_ms for item in items])
     positive = wtr = ltr = 0
     if interactions:
         places: dict[str, list[SessionItem]] = {}

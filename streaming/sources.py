@@ -23,7 +23,7 @@ from onerec.errors import Failure, UserError
 from streaming.events import KINDS, MAX_LINE_BYTES, Line, Rejected, Row, decode_mapping, parse_object
 from streaming.items import ItemRecord
 
-BLOCK: Final = 4 << 20
+BLOCK: Final = 8 << 20
 KEPT_OF_A_LONG_LINE: Final = 16 << 20
 HEAD_BYTES: Final = 64 << 10
 BATCH_ROWS: Final = 8_192

@@ -46,16 +46,13 @@ class Event(msgspec.Struct, array_like=True, gc=False):
     flags: int
 
 
-class Base(msgspec.Struct, array_like=True, gc=False):
-    """Compacted history: items oldest first and the time of each, ms."""
-
-    items: list[str]
-    times: list[int]
+Base = dict[str, int]
+"""Compacted history: item → time of its newest positive event, ms, oldest first."""
 
 
 _encode = msgspec.msgpack.Encoder().encode
 _decode_events = msgspec.msgpack.Decoder(list[Event]).decode
-_decode_base = msgspec.msgpack.Decoder(Base).decode
+_decode_base = msgspec.msgpack.Decoder(dict[str, int]).decode
 _HEADER = struct.Struct(">BQ")
 
 
@@ -90,29 +87,33 @@ def decode_base(value: bytes) -> Base:
 
 
 def merge_positives(base: Base, positives: list[tuple[int, str]], n: int) -> Base:
-    """The history after further positive events (ts, item id): each item at its newest, the newest `n`, oldest first."""
+    """Puts further positive events (ts, item id) into `base` and returns it: each item at its newest, the newest `n`."""
     if not positives:
         return base
-    newest = dict(zip(base.items, base.times, strict=True))
-    last = (base.times[-1], base.items[-1]) if base.items else (0, "")
+    last_item = next(reversed(base), None)
+    last = (base[last_item], last_item) if last_item is not None else (0, "")
     ordered = True
-    for ts, item_id in sorted(positives):
-        before = newest.get(item_id)
+    positives.sort()
+    for ts, item_id in positives:
+        before = base.get(item_id)
         if before is not None:
             if before >= ts:
                 continue
-            del newest[item_id]
-        newest[item_id] = ts
-        if (ts, item_id) < last:
+            del base[item_id]
+        base[item_id] = ts
+        if ordered and (ts, item_id) < last:
             ordered = False
     if not ordered:
-        newest = {item_id: ts for ts, item_id in sorted((ts, item_id) for item_id, ts in newest.items())}
-    items, times = list(newest), list(newest.values())
-    return Base(items[-n:], times[-n:])
+        by_time = sorted((ts, item_id) for item_id, ts in base.items())
+        base.clear()
+        base.update((item_id, ts) for ts, item_id in by_time)
+    if len(base) > n:
+        for item_id in list(base)[: len(base) - n]:
+            del base[item_id]
+    return base
 
 
 def history_of(live: bytes | None, base: bytes | None, n: int) -> list[str]:
     """H(∞) from the stored bytes of a user, oldest first (§4)."""
-    compacted = decode_base(base) if base else Base([], [])
     positives = [(e.ts, e.item_id) for e in decode_live(live)[1] if e.flags & RECENT] if live else []
-    return merge_positives(compacted, positives, n).items[-n:]
+    return list(merge_positives(decode_base(base) if base else {}, positives, n))

@@ -33,7 +33,8 @@ MINUTE = 60_000
 
 
 def watch(user: str, item: str, ts: int, watch_ms: int = 9_000, duration_ms: int = 10_000, **more: object) -> dict:
-    return {"type": "watch", "user_id": user, "item_id": item, "ts": ts, "watch_ms": watch_ms, "duration_ms": duration_ms, **more}
+    durations = {"watch_ms": watch_ms, "duration_ms": duration_ms}
+    return {"type": "watch", "user_id": user, "item_id": item, "ts": ts, **durations, **more}
 
 
 def world(events: int = 3_000, seed: int = 1, users: int = 40) -> list[dict]:
@@ -464,7 +465,8 @@ def test_items_are_kept_apart_and_an_unchanged_entry_keeps_its_place(tmp_path: P
 
 def test_an_item_file_with_vectors_of_another_length_is_refused(tmp_path: Path) -> None:
     items = tmp_path / "items.jsonl"
-    items.write_bytes(lines([{"type": "item", "item_id": "a", "embedding": [1.0]}, {"type": "item", "item_id": "b", "embedding": [1.0, 2.0]}]))
+    entry = {"type": "item", "item_id": "a", "embedding": [1.0]}
+    items.write_bytes(lines([entry, {**entry, "item_id": "b", "embedding": [1.0, 2.0]}]))
     (tmp_path / "a.jsonl").write_bytes(lines([watch("u", "a", T0)]))
     result = run("replay", tmp_path / "a.jsonl", "--items", items, "--state", tmp_path / "s")
     assert result.returncode == 2 and b"line 2" in result.stderr and b"one length" in result.stderr
