@@ -1,5 +1,7 @@
 """The optimiser against torch's own, and what it promises of precision, bytes and broken steps."""
 
+import platform
+
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -7,7 +9,7 @@ from safetensors.torch import load_file, save_file
 from onerec.errors import UserError
 from trainer.config import ModelConfig
 from trainer.model import Batch, OneRec
-from trainer.optim import Optimizer, resolve_precision
+from trainer.optim import Optimizer, resolve_precision, reuse_memory
 
 CONFIG = ModelConfig(d_model=32, heads=2, d_ff=48, codes=16, experts=3)
 PRECISIONS = ["fp32", "bf16"]
@@ -131,3 +133,8 @@ def test_state_of_another_architecture_is_refused():
 def test_precision_named_is_precision_used():
     assert [resolve_precision(name) for name in PRECISIONS] == PRECISIONS
     assert resolve_precision("auto") in PRECISIONS
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="mallopt is glibc's")
+def test_memory_settings_are_taken():
+    assert reuse_memory()
