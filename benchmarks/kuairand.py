@@ -10,24 +10,31 @@ each session once; `tuned` says below what it changes. Prints a Markdown table; 
 from __future__ import annotations
 
 import argparse
+import itertools
 import os
 import subprocess
 import sys
 import tempfile
 import time
+from collections import Counter
 from datetime import UTC, datetime, timedelta, timezone
 from pathlib import Path
 
+from streaming.store import Reader
+from trainer.baselines import Popularity
 from trainer.curves import draw
-from trainer.evaluate import Line, Scores, mean_loss, means, read_metrics
+from trainer.data import session_examples
+from trainer.evaluate import RANKED, Line, Scores, add, mean_loss, means, rank_scores, read_metrics, session_scores
+from trainer.items import load_catalogue
 
 TEST_BEGINS = datetime(2022, 5, 2, tzinfo=timezone(timedelta(hours=8)))
 SEMANTICS = ["session.gap_ms=43200000", "session.min_watched=3", "session.min_total_watch_ms=30000",
              "session.min_interactions=0"]
 BEGINS_MS = int(TEST_BEGINS.timestamp() * 1000)
 TUNED_CODEBOOK = ["catalogue.levels=2", "catalogue.codes=1024"]
-TUNED = ["train.learning_rate=0.001", "train.batch_windows=16", "train.backlog_passes=2",
+TUNED = ["train.learning_rate=0.001", "train.batch_windows=16", "train.backlog_passes=4",
          f"train.backlog_until_ms={BEGINS_MS}"]
+HALF_LIFE = 1_000
 ROWS = ("hit@1", "hit@5", "hit@10", "ndcg@5", "ndcg@10", "session_hit", "session_recall", "session_ndcg", "best_recall")
 
 
@@ -73,6 +80,33 @@ def main() -> None:
         print(f"test from {TEST_BEGINS.astimezone(UTC):%Y-%m-%d %H:%M} UTC\n\n{table(columns)}")
 
 
+def fading_popularity(state: Path, lines: list[Line]) -> Scores:
+    """Popularity whose counts halve every `HALF_LIFE` windows, on the same windows, in the same batches."""
+    popularity, total, scored = Popularity(half_life=HALF_LIFE), Scores(), 0
+    catalogue, fresh = load_catalogue(state), [line for line in lines if line.round == 0 or line.scored]
+    with Reader(state) as reader:
+        semantics = reader.semantics()
+        m, n = semantics.session.target_items, semantics.history.length
+        sessions = reader.sessions()
+        read = 0
+        for line in fresh:
+            batch = []
+            part = itertools.islice(sessions, line.sequence - read)
+            for read, session in part:  # noqa: B007
+                if session.high_quality:
+                    batch += session_examples(session, catalogue.index, len(catalogue.index), m=m, n=n, fresh=True,
+                                              counts=Counter())
+            for example in batch if tested([line]) else []:
+                if example.scored:
+                    ranked, targets = popularity.rank(RANKED), example.targets.tolist()
+                    add(total, rank_scores(ranked, targets[0]))
+                    add(total, session_scores(ranked[:m], targets))
+                    scored += 1
+            for example in batch:
+                popularity.observe(example.targets.tolist())
+    return {name: value / scored for name, value in total.items()}
+
+
 def measure(data: Path, work: Path, only: str | None, plot: Path) -> dict[str, Scores]:
     """Metrics by column; each run has a state and a codebook of its own."""
     columns: dict[str, Scores] = {}
@@ -88,6 +122,7 @@ def measure(data: Path, work: Path, only: str | None, plot: Path) -> dict[str, S
         lines = tested(read_metrics(run / "metrics.jsonl"))
         windows, scores = means(lines)
         columns |= {f"popularity, {name}": scores["popularity"], f"co-visitation, {name}": scores["covisitation"]}
+        columns[f"fading popularity, {name}"] = fading_popularity(state, read_metrics(run / "metrics.jsonl"))
         columns[f"OneRec {name}"] = scores["onerec"]
         print(f"{name}: replay and semantic IDs {prepared:.0f} s, training and scoring {trained:.0f} s; {windows:,} "
               f"windows of the last two days scored, loss {mean_loss(lines):.3f} nats a code; {[*codebook, *settings]}",

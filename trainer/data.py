@@ -62,9 +62,13 @@ class Example(NamedTuple):
 
 
 class Batch(NamedTuple):
-    """The windows of whole consecutive sessions, and the place in the log after them."""
+    """The windows of whole consecutive sessions, up to `last`; `cursor` is where the next batch begins.
+
+    They differ where a pass over the backlog ends: `cursor` is then at the beginning of the next pass.
+    """
 
     examples: list[Example]
+    last: Cursor
     cursor: Cursor
     counts: Mapping[str, int]
 
@@ -177,13 +181,14 @@ class BatchReader:
         begin = 0
         first_seen: float | None = None
         newest_end = self._newest_end
+        last = Cursor(round=self._round, sequence=self._scanned)
         while True:
             if self._round < self._rounds - 1 and self._scanned >= self._backlog:
                 self._round, self._scanned, self._sessions = self._round + 1, 0, None
                 if examples:
                     break
             if entry.end is not None and self._scanned >= entry.end and examples:
-                return self._batch(examples, counts)
+                return Batch(examples, last, last, dict(counts))
             place = self._scanned
             session = self._read()
             if session is None:
@@ -195,7 +200,7 @@ class BatchReader:
                 waited = first_seen is not None and self._clock() - first_seen >= self._idle_seconds
                 if examples and (waited or not self._follow):
                     self._journal.append(Entry(step=step, end=self._scanned, items=items, begin=begin))
-                    return self._batch(examples, counts)
+                    return Batch(examples, last, last, dict(counts))
                 if self._stopped() or not self._follow:
                     if examples:
                         self._newest_end, self._exhausted = newest_end, False
@@ -207,6 +212,7 @@ class BatchReader:
             elif not covered and not examples and self._learn_of_items():
                 # While the batch is empty, what was read before stays read as it was.
                 items, begin = self.known, place
+            last = Cursor(round=self._round, sequence=self._scanned)
             if session.high_quality:
                 fresh = self._round == 0 or self._scanned > self._backlog
                 found = session_examples(
@@ -219,7 +225,7 @@ class BatchReader:
                 break
         if items is not None:
             self._journal.append(Entry(step=step, items=items, begin=begin))
-        return self._batch(examples, counts)
+        return Batch(examples, last, Cursor(round=self._round, sequence=self._scanned), dict(counts))
 
     def watermark(self) -> int | None:
         """Event time in ms up to which every session that ended is learnt, given that all batches so far are.
@@ -241,9 +247,6 @@ class BatchReader:
     def _round_open(self) -> bool:
         """Whether the place in the log is older than what earlier passes have learnt."""
         return self._round > 0 and self._scanned < self._backlog
-
-    def _batch(self, examples: list[Example], counts: Counter[str]) -> Batch:
-        return Batch(examples, Cursor(round=self._round, sequence=self._scanned), dict(counts))
 
     def _read(self) -> Session | None:
         """The next session, after a refresh if need be; None at the end of the log."""

@@ -32,9 +32,9 @@ RANKED = 10
 class Line(msgspec.Struct, frozen=True, kw_only=True):
     """One line of RUN/metrics.jsonl: a batch. `scores` holds sums over its `scored` windows by recommender.
 
-    `ts`: event time in ms of its newest window; `loss`: mean NTP loss in nats a code before the batch was learnt.
-    `gradient`: norm before clipping; `applied` False: not finite, the step was skipped. `expert_load`: smallest and
-    largest share of an expert over layers, 1 = even.
+    `round`, `sequence`: pass and last session of the batch; `ts`: event time in ms of its newest window; `loss`: mean
+    NTP loss in nats a code before the batch was learnt; `gradient`: norm before clipping; `applied` False: not finite,
+    the step was skipped; `expert_load`: smallest and largest share of an expert over layers, 1 = even.
     """
 
     step: int

@@ -322,8 +322,8 @@ class _Trainer:
         load = stats["expert_load"].float() * self._run.model.experts
         line = Line(
             step=step,
-            round=batch.cursor.round,
-            sequence=batch.cursor.sequence,
+            round=batch.last.round,
+            sequence=batch.last.sequence,
             ts=max(example.ts for example in batch.examples),
             sessions=len({example.session_id for example in batch.examples}),
             windows=len(batch.examples),

@@ -208,6 +208,7 @@ def test_passes_over_the_backlog_come_first_and_only_the_first_is_scored(tmp_pat
         [False] * 4, [False], [False] * 4, [False, True, True]
     ]
     assert sum(b.counts["sessions"] for b in batches) == 7
+    assert [(b.last.round, b.last.sequence) for b in batches] == [(0, 4), (0, 5), (1, 4), (1, 5), (2, 4), (2, 7)]
     for cut in range(len(batches)):
         cursor = batches[cut].cursor
         rest = reader(log, Journal(tmp_path / "j"), Rows(9), backlog=5, rounds=3, batch_windows=4, cursor=cursor)
