@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import msgspec
 import numpy as np
@@ -77,7 +78,7 @@ def bake(graph: onnx.ModelProto, trie: Trie, item_ids: Sequence[str], width: int
         texts.string_data.extend(text.encode() for text in strings)
         graph.graph.initializer.append(texts)
     # The r-th use of a leaf within a session is the r-th item of its list (`Trie.session_rows`).
-    steps: list[tuple[str, list[str], str, dict[str, int]]] = [
+    steps: list[tuple[str, list[str], str, dict[str, Any]]] = [
         ("Max", ["leaves", "plain/zero"], "leaf", {}),
         ("Unsqueeze", ["plain/leaf", "plain/axis3"], "later", {}),
         ("Unsqueeze", ["plain/leaf", "plain/axis2"], "earlier", {}),
