@@ -16,6 +16,7 @@ from typing import Any, Final
 
 import msgspec
 
+from streaming.changes import Changes, Counters, DeadLetter
 from streaming.events import (
     DEEP_LINE,
     DISLIKE,
@@ -44,104 +45,17 @@ from streaming.state import (
     PENDING,
     POSITIVE,
     RECENT,
-    Base,
     Event,
-    decode_base,
-    decode_live,
     encode_base,
     encode_live,
-    is_seen,
     merge_positives,
 )
+from streaming.user import User
 
 NO_TIME: Final = -(1 << 62)
-FOREVER: Final = 1 << 62
-PURGE_AT: Final = 48
 FLUSH_SESSIONS: Final = 20_000
 
 Loader = Callable[[str], tuple[bytes | None, bytes | None] | None]
-
-
-class Counters(msgspec.Struct):
-    """Counts over the whole log (§9); `events` are valid ones, duplicates and late ones included."""
-
-    events: int = 0
-    duplicates: int = 0
-    late: int = 0
-    dead_letters: int = 0
-    users: int = 0
-    sessions: int = 0
-    high_quality: int = 0
-
-
-class DeadLetter(msgspec.Struct, frozen=True, array_like=True):
-    """A refused line: where it stood in its source, its bytes, and the code of the reason."""
-
-    position: Any
-    raw: bytes
-    reason: str
-
-    def __iter__(self) -> Iterator[Any]:
-        """Unpacks as (position, raw, reason)."""
-        return iter((self.position, self.raw, self.reason))
-
-
-class Changes(msgspec.Struct):
-    """What a batch changed: values per user, sessions in commit order, refusals, catalogue entries in order of arrival.
-
-    A user's value is (live, base): live None means that no live event is left, base None that the base is as before.
-    """
-
-    users: dict[str, tuple[bytes | None, bytes | None]]
-    sessions: list[Session]
-    dead_letters: list[DeadLetter]
-    items: list[ItemRecord]
-
-
-class User:
-    """One user's state in memory; `due` is at most the time whose passing makes the first open session final.
-
-    Every event that can still change something stands in `known` or, once its identity is forgotten, in `open`, `pending` or
-    `recent` alone; its flags say in which.
-    """
-
-    __slots__ = ("base", "base_bytes", "base_dirty", "due", "known", "open", "pending", "purge_at", "recent", "seen", "sorted")
-
-    def __init__(self) -> None:
-        self.due = NEVER
-        self.known: dict[tuple[Any, ...], Event] = {}
-        self.open: list[Event] = []
-        self.sorted = True
-        self.pending: list[Event] = []
-        self.recent: list[Event] = []
-        self.purge_at = PURGE_AT
-        self.base_bytes: bytes | None = None
-        self.base: Base | None = None
-        self.base_dirty = False
-        self.seen = False
-
-    def compacted(self) -> Base:
-        """The compacted history, decoded when first needed."""
-        if self.base is None:
-            self.base = decode_base(self.base_bytes) if self.base_bytes else {}
-        return self.base
-
-    def live(self) -> list[Event]:
-        """Every event that can still change something, each once."""
-        events = list(self.known.values())
-        events += [e for e in self.open if not e.flags & KNOWN]
-        if self.pending:
-            events += [e for e in self.pending if not e.flags & KNOWN]
-        events += [e for e in self.recent if not e.flags & (KNOWN | OPEN | PENDING)]
-        return events
-
-    def positives(self) -> list[tuple[int, str]]:
-        """(ts, item id) of the positive events that the base does not hold yet."""
-        return [(e.ts, e.item_id) for e in self.recent]
-
-
-def _identity(event: Event) -> tuple[Any, ...]:
-    return (event.kind, event.item_id, event.ts) if event.event_id is None else (event.kind, event.event_id)
 
 
 class Core:
@@ -179,6 +93,7 @@ class Core:
         self._dedup_ms = semantics.stream.dedup_horizon_ms
         self._max_open = semantics.stream.max_open_events
         self._gap_ms = semantics.session.gap_ms
+        self._length = semantics.history.length
 
     @property
     def watermark(self) -> int | None:
@@ -190,7 +105,7 @@ class Core:
         user = self._find(user_id)
         if user is None or not user.seen:
             return None
-        return list(merge_positives(user.compacted().copy(), user.positives(), self.semantics.history.length))
+        return list(merge_positives(user.compacted().copy(), user.positives(), self._length))
 
     def seed(self, user_id: str, positives: list[tuple[int, str]]) -> None:
         """Puts (pseudo-time, item id) into a history before any event of the user (§8); no event is counted."""
@@ -290,23 +205,7 @@ class Core:
             stored = self._load(user_id)
             if stored is None:
                 return None
-            user = self._users[user_id] = User()
-            live, user.base_bytes = stored
-            user.seen = user.base_bytes is not None and is_seen(user.base_bytes)
-            if live:
-                user.due, events = decode_live(live)
-                for e in events:
-                    flags = e.flags
-                    if flags & KNOWN:
-                        user.known[_identity(e)] = e
-                    if flags & OPEN:
-                        user.open.append(e)
-                    elif flags & PENDING:
-                        user.pending.append(e)
-                    if flags & RECENT:
-                        user.recent.append(e)
-                user.sorted = False
-                user.purge_at = max(PURGE_AT, 2 * len(events))
+            user = self._users[user_id] = User.load(*stored)
         return user
 
     def _event(self, kind: int, line: Line | FastLine, wm: int) -> str | None:
@@ -341,7 +240,7 @@ class Core:
             flags = LATE | KNOWN if ts >= known_from else LATE
         else:
             if len(opened) + len(user.pending) > self._max_open:
-                self._drop_stale(user, wm)
+                user.drop_stale(wm)
                 if len(opened) + len(user.pending) > self._max_open:
                     return "user_overflow"
             flags = KNOWN | OPEN if kind == WATCH else KNOWN | PENDING
@@ -416,7 +315,7 @@ class Core:
 
     def _finalize(self, user_id: str, user: User, limit: int) -> None:
         """Writes the user's sessions whose end + gap lies below `limit`, in the order (end, id)."""
-        config, n = self.semantics.session, self.semantics.history.length
+        config, n = self.semantics.session, self._length
         if not user.sorted:
             user.open.sort(key=watch_order)
             user.sorted = True
@@ -449,51 +348,7 @@ class Core:
         if user.due != NEVER:
             heapq.heappush(self._due, (user.due, user_id))
         if due:
-            self._compact(user)
-
-    def _drop_stale(self, user: User, wm: int) -> None:
-        """Interactions that no open or coming session can hold any more."""
-        first = min((e.ts for e in user.open), default=FOREVER)
-        kept = []
-        for e in user.pending:
-            if e.ts < wm and e.ts < first:
-                e.flags &= ~PENDING
-            else:
-                kept.append(e)
-        user.pending = kept
-
-    def _compact(self, user: User) -> None:
-        """Moves settled positives into the base and forgets events that can change nothing."""
-        wm = self._wm
-        if user.pending:
-            self._drop_stale(user, wm)
-        # Below this time no history is asked for and no event's time can change any more.
-        settled = min(wm, min((e.ts for e in user.open), default=wm))
-        known_from = wm - self._dedup_ms
-        # Identities are forgotten from the oldest on; one that stands behind a younger one waits, which changes no answer.
-        known = user.known
-        expired = []
-        for key, e in known.items():
-            if e.known_ts >= known_from:
-                break
-            expired.append(key)
-        if len(known) - len(expired) >= user.purge_at:
-            expired = [key for key, e in known.items() if e.known_ts < known_from]
-        for key in expired:
-            known.pop(key).flags &= ~KNOWN
-        moved: list[tuple[int, str]] = []
-        recent: list[Event] = []
-        for e in user.recent:
-            if e.ts < settled:
-                moved.append((e.ts, e.item_id))
-                e.flags &= ~RECENT
-            else:
-                recent.append(e)
-        user.recent = recent
-        user.purge_at = max(PURGE_AT, 2 * (len(known) + len(recent)))
-        if moved:
-            user.base = merge_positives(user.compacted(), moved, self.semantics.history.length)
-            user.base_dirty = True
+            user.compact(self._wm, self._dedup_ms, self._length)
 
     def _settle(self, limit: int) -> None:
         """Writes every user's sessions that are due below `limit`."""
@@ -512,7 +367,7 @@ class Core:
         users = self._users
         for user_id, user in self._touched.items():
             if len(user.known) + len(user.recent) > user.purge_at:
-                self._compact(user)
+                user.compact(self._wm, self._dedup_ms, self._length)
             base = None
             if user.base_dirty:
                 base = user.base_bytes = encode_base(user.seen, user.compacted())

@@ -7,9 +7,9 @@ import time
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from streaming.core import DeadLetter
+from streaming.changes import DeadLetter
 from streaming.events import Row, parse_object
-from streaming.sources import events_of
+from streaming.rows import events_of
 from streaming.store import Reader, Store
 
 

@@ -8,8 +8,11 @@ from typing import Any, Final
 
 from onerec.errors import UserError
 from streaming.events import MIN_TS, Rejected, Row, item_from_mapping, parse_object, utf8_length
+from streaming.formats import detect, source_name
 from streaming.items import ItemRecord
-from streaming.sources import Csv, JsonLines, Parquet, Position, Tracked, detect, first_line, open_stream, source_name
+from streaming.sources import JsonLines, Position
+from streaming.streams import Tracked, first_line, open_stream
+from streaming.tables import Csv, Parquet
 
 BATCH: Final = 5_000
 BEIJING: Final = datetime.timezone(datetime.timedelta(hours=8))

@@ -11,9 +11,12 @@ import msgspec
 import orjson
 
 from onerec.errors import UserError
-from streaming.core import Changes, Core, Counters, DeadLetter
+from streaming.changes import Changes, Counters, DeadLetter
+from streaming.core import Core
 from streaming.events import Line, Rejected, Row, decode
-from streaming.sources import Position, Seeds, Source, open_source, source_name
+from streaming.formats import open_source, source_name
+from streaming.seeds import Seeds
+from streaming.sources import Position, Source
 from streaming.store import Store
 
 PACE_SECONDS: Final = 0.2

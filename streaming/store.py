@@ -28,7 +28,8 @@ from rocksdict import (
 )
 
 from onerec.errors import Failure, OneRecError, UserError
-from streaming.core import Changes, Core, Counters, DeadLetter
+from streaming.changes import Changes, Counters, DeadLetter
+from streaming.core import Core
 from streaming.items import ItemRecord, decode_item, encode_item
 from streaming.semantics import Semantics
 from streaming.sessions import Session, decode_session, encode_session

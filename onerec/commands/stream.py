@@ -93,8 +93,9 @@ def replay(
 
         zstdcat live.jsonl.zst | onerec replay - --state state --no-flush
     """
+    from streaming.formats import FORMATS
     from streaming.replay import Replay
-    from streaming.sources import FORMATS, parse_mapping
+    from streaming.rows import parse_mapping
     from streaming.store import Store
 
     if format not in FORMATS:
@@ -256,7 +257,7 @@ def dead_letters(
     """
     from streaming.dead_letters import letters, redriven
     from streaming.events import REASONS
-    from streaming.sources import parse_mapping
+    from streaming.rows import parse_mapping
 
     if reason is not None and reason not in REASONS:
         raise UserError(f"--reason {reason}: the codes are {', '.join(REASONS)}")

@@ -9,7 +9,8 @@ from pathlib import Path
 import orjson
 from reference import Reference
 
-from streaming.core import Changes, Core, Counters
+from streaming.changes import Changes, Counters
+from streaming.core import Core
 from streaming.replay import Clock, Replay
 from streaming.semantics import HistoryConfig, Semantics, SessionConfig, StreamConfig, WatchConfig
 from streaming.sessions import Session, session_json

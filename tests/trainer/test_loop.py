@@ -16,7 +16,7 @@ import pytest
 
 from onerec.config import Config, load_config
 from onerec.errors import UserError
-from streaming.core import Changes, Counters
+from streaming.changes import Changes, Counters
 from streaming.items import ItemRecord
 from streaming.semantics import Semantics, SessionConfig
 from streaming.sessions import Session, SessionItem
