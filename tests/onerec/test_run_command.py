@@ -1,0 +1,167 @@
+"""`onerec status` and `onerec run` as a user calls them: real processes, a real Triton."""
+
+from __future__ import annotations
+
+import re
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import orjson
+import pytest
+
+ONEREC = [sys.executable, "-m", "onerec.cli"]
+NOBODY = "127.0.0.1:9"
+
+
+def onerec(*words: str | Path, timeout: float = 120) -> subprocess.CompletedProcess[str]:
+    """One command to its end."""
+    return subprocess.run([*ONEREC, *map(str, words)], capture_output=True, text=True, timeout=timeout)
+
+
+def status(folder: Path) -> dict:
+    """The JSON of `status` over a folder's state, run and repository, with nobody serving."""
+    places = ["--state", folder / "state", "--run", folder / "run", "--repository", folder / "repository"]
+    result = onerec("status", *places, "--server", NOBODY, "--json")
+    assert result.returncode == 0, result.stderr
+    return orjson.loads(result.stdout)
+
+
+def world(folder: Path) -> list[Path]:
+    """A small log and its items."""
+    events = folder / "world.jsonl"
+    assert onerec("simulate", "--out", events, "--users", 150, "--items", 120, "--days", 2).returncode == 0
+    return [events, folder / "world.items.jsonl"]
+
+
+def test_status_of_nothing_is_no_data(tmp_path: Path) -> None:
+    report = status(tmp_path)
+    assert list(report) == ["event", "history", "session", "trained", "exported", "served", "event_to_served_ms"]
+    assert set(report.values()) == {None}
+    places = ["--state", tmp_path / "s", "--run", tmp_path / "r", "--repository", tmp_path / "m", "--server", NOBODY]
+    text = onerec("status", *places)
+    assert "event → served: no data" in text.stdout
+    assert "does not answer" in text.stderr
+
+
+def test_status_of_a_replayed_log(tmp_path: Path) -> None:
+    events, items = world(tmp_path)
+    newest = max(orjson.loads(line)["ts"] for line in events.read_bytes().splitlines())
+    assert onerec("replay", events, "--items", items, "--state", tmp_path / "state").returncode == 0
+    report = status(tmp_path)
+    assert report["event"]["watermark_ms"] == newest
+    assert report["event"]["age_ms"] == 0
+    assert report["history"]["age_ms"] == 300_000
+    assert 0 <= report["session"]["age_ms"] < 86_400_000
+    assert report["event"]["wall_age_ms"] > 86_400_000
+    assert report["trained"] is report["exported"] is report["served"] is report["event_to_served_ms"] is None
+
+
+def test_damage_is_said_and_does_not_hide_the_rest(tmp_path: Path) -> None:
+    (tmp_path / "run" / "checkpoints" / "000000007").mkdir(parents=True)
+    (tmp_path / "run" / "checkpoints" / "000000007" / "checkpoint.json").write_text("{")
+    (tmp_path / "repository" / "recommend" / "3").mkdir(parents=True)
+    places = ["--state", tmp_path / "s", "--run", tmp_path / "run", "--repository", tmp_path / "repository"]
+    result = onerec("status", *places, "--server", "nonsense", "--json")
+    assert result.returncode == 0
+    assert set(orjson.loads(result.stdout).values()) == {None}
+    assert len(result.stderr.strip().splitlines()) == 4
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        ([], "--simulate"),
+        (["a.jsonl", "--simulate"], "--simulate"),
+        (["--simulate", "--speed", "0"], "--speed"),
+        (["--simulate", "--set", "session.gap=1"], "gap_ms"),
+    ],
+)
+def test_run_refuses_what_it_cannot_do(tmp_path: Path, words: list[str], said: str) -> None:
+    places = ["--state", tmp_path / "s", "--run", tmp_path / "r", "--repository", tmp_path / "m"]
+    result = onerec("run", *words, *places)
+    assert result.returncode == 2
+    assert said in result.stderr
+
+
+def test_run_names_the_option_of_a_port_that_is_taken(tmp_path: Path) -> None:
+    places = ["--state", tmp_path / "s", "--run", tmp_path / "r", "--repository", tmp_path / "m"]
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        result = onerec("run", "--simulate", *places, "--grpc-port", str(taken.getsockname()[1]))
+    assert result.returncode == 2
+    assert "--grpc-port" in result.stderr
+
+
+def test_a_child_with_a_wrong_request_ends_the_run_with_its_words(tmp_path: Path) -> None:
+    places = ["--state", tmp_path / "s", "--run", tmp_path / "r", "--repository", tmp_path / "m"]
+    ports = ["--http-port", "0", "--grpc-port", "0", "--metrics-port", "0"]
+    result = onerec("run", tmp_path / "missing.jsonl", *places, *ports)
+    assert result.returncode == 2
+    assert "missing.jsonl" in result.stderr
+
+
+def alive(pid: int) -> bool:
+    """Whether a process runs (a zombie does not)."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
+
+
+class Said:
+    """What a process writes to standard error, as it comes."""
+
+    def __init__(self, process: subprocess.Popen[str]) -> None:
+        self.text = ""
+        self._process = process
+        threading.Thread(target=self._read, daemon=True).start()
+
+    def _read(self) -> None:
+        assert self._process.stderr is not None
+        for line in self._process.stderr:
+            self.text += line
+
+    def wait_for(self, pattern: str, seconds: float, count: int = 1) -> list[str]:
+        """The groups of the pattern, once it was said so often."""
+        deadline = time.monotonic() + seconds
+        while len(found := re.findall(pattern, self.text)) < count:
+            assert time.monotonic() < deadline and self._process.poll() is None, f"no {pattern!r} in:\n{self.text}"
+            time.sleep(0.1)
+        return found
+
+
+@pytest.mark.slow
+def test_run_learns_serves_mends_itself_and_leaves_nothing_running(tmp_path: Path) -> None:
+    events, items = world(tmp_path)
+    places = ["--state", tmp_path / "state", "--run", tmp_path / "run", "--repository", tmp_path / "repository"]
+    words = ["run", events, "--items", items, *places, "--speed", "20000", "--publish-every", "5", "--http-port", "0",
+             "--grpc-port", "0", "--metrics-port", "0", "--set", "beam.width=8", "--set", "train.threads=1"]
+    process = subprocess.Popen([*ONEREC, *map(str, words)], stderr=subprocess.PIPE, text=True)
+    said = Said(process)
+    try:
+        [trainer] = said.wait_for(r"train started \(pid (\d+)\)", 120)
+        said.wait_for(r"\(version \d+ answers\)", 400)
+        subprocess.run(["kill", "-9", trainer], check=True)
+        said.wait_for("train was killed by SIGKILL", 20)
+        said.wait_for(r"train started", 20, count=2)
+        [address] = re.findall(r"Triton gRPC (\S+),", said.text)
+        answer = onerec("recommend", "u1", "--server", address, "--json")
+        assert len(orjson.loads(answer.stdout)["sessions"][0]["items"]) == 5
+        report = orjson.loads(onerec("status", *places, "--server", address, "--json").stdout)
+        assert report["event_to_served_ms"] == report["event"]["watermark_ms"] - report["served"]["watermark_ms"]
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(60) == 0
+    finally:
+        process.kill()
+        process.wait()
+    assert "stopped; the same command goes on from here" in said.text
+    started = [int(pid) for pid in re.findall(r"started \(pid (\d+)\)", said.text)]
+    assert len(started) >= 6
+    assert not [pid for pid in started if alive(pid)]
+    here = str(tmp_path).encode()
+    commands = [path.read_bytes() for path in Path("/proc").glob("[0-9]*/cmdline") if alive(int(path.parent.name))]
+    assert not [command for command in commands if here in command and b"tritonserver" in command]
