@@ -107,17 +107,22 @@ def fading_popularity(state: Path, lines: list[Line]) -> Scores:
     return {name: value / scored for name, value in total.items()}
 
 
+def prepare(data: Path, state: Path, codebook: list[str]) -> float:
+    """Replay the log and fit the semantic IDs on what was known when the test begins; returns the seconds."""
+    logs = [*data.glob("history_before_*.jsonl.gz"), *data.glob("events_*.csv.gz")]
+    seconds = onerec("replay", *map(str, logs), "--format", "kuairand", "--items", str(data / "videos.csv.gz"),
+                     "--state", str(state), *sets(SEMANTICS))
+    return seconds + onerec("items", "--state", str(state), "--until", str(BEGINS_MS), *sets(codebook))
+
+
 def measure(data: Path, work: Path, only: str | None, plot: Path) -> dict[str, Scores]:
     """Metrics by column; each run has a state and a codebook of its own."""
     columns: dict[str, Scores] = {}
-    logs = [*data.glob("history_before_*.jsonl.gz"), *data.glob("events_*.csv.gz")]
     for name, codebook, settings in (("default", [], []), ("tuned", TUNED_CODEBOOK, TUNED)):
         if only not in (None, name):
             continue
         state, run = work / f"{name}-state", work / f"{name}-run"
-        prepared = onerec("replay", *map(str, logs), "--format", "kuairand", "--items", str(data / "videos.csv.gz"),
-                          "--state", str(state), *sets(SEMANTICS))
-        prepared += onerec("items", "--state", str(state), "--until", str(BEGINS_MS), *sets(codebook))
+        prepared = 0.0 if (state / "catalogue").exists() else prepare(data, state, codebook)
         trained = onerec("train", "--state", str(state), "--run", str(run), *sets([*settings, "train.score_share=1"]))
         lines = tested(read_metrics(run / "metrics.jsonl"))
         windows, scores = means(lines)
