@@ -75,8 +75,8 @@ class _Cursor:
                     row = Row(raw, [decode(raw, max_ts())])
                 else:
                     row = Row(raw, [])
-                first = row.events[0] if row.events else None
-                yield Head(first.ts if isinstance(first, Line) else None, (number, row), number, done)
+                ts = next((event.ts for event in row.events if isinstance(event, Line)), None)
+                yield Head(ts, (number, row), number, done)
 
     def take(self) -> Head:
         """The head, and moves on."""

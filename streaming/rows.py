@@ -86,9 +86,7 @@ def events_of(
         fields["duration_ms"] = 0
     if not fields.get("type"):
         fields["type"] = "watch"
-    first = decode_mapping(fields, max_ts)
-    yield first
-    if isinstance(first, Line):
-        for column, field in mapping.items():
-            if field in INTERACTIONS and _true(values.get(column)):
-                yield Line(field, first.user_id, first.item_id, first.ts, request_id=first.request_id)
+    yield decode_mapping(fields, max_ts)
+    for column, field in mapping.items():
+        if field in INTERACTIONS and _true(values.get(column)):
+            yield decode_mapping({**fields, "type": field, "event_id": None}, max_ts)

@@ -487,6 +487,16 @@ def test_kuairand_rows_become_a_watch_and_its_interactions_and_seeds_come_first(
         assert [letter.reason for _, letter in reader.dead_letters()] == ["bad_columns"]
 
 
+def test_the_flags_of_a_row_count_though_its_watch_is_refused(tmp_path: Path) -> None:
+    header = "user_id,video_id,time_ms,play_time_ms,duration_ms,is_like,is_follow,is_forward,is_comment,is_hate\n"
+    (tmp_path / "events.csv").write_text(header + f"1,5,{T0},-1,0,1,0,0,0,0\n1,6,soon,1,0,1,0,0,0,0\n")
+    summary = replay(tmp_path / "s", tmp_path / "events.csv", wanted="kuairand")
+    assert (summary["events"], summary["dead_letters"]) == (1, 3)
+    with Reader(tmp_path / "s") as reader:
+        assert reader.history("1") == ["5"]
+        assert [letter.reason for _, letter in reader.dead_letters()] == ["bad_watch_ms", "bad_ts", "bad_ts"]
+
+
 def test_flush_can_be_left_out_and_done_later(log: Path, tmp_path: Path) -> None:
     with_rest = replay(tmp_path / "s", log, flush=False)
     whole = replay(tmp_path / "w", log)
