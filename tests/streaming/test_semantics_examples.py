@@ -528,6 +528,13 @@ def test_a_session_is_final_when_the_watermark_is_greater_than_end_and_gap(play:
     assert outcome.counters["sessions"] == 1
 
 
+def test_a_repeat_that_brings_a_request_can_make_a_session_final_at_once(play: Play) -> None:
+    config = semantics(by="request", gap_ms=10, max_out_of_orderness_ms=0)
+    lines = [watch("u", "i", 0, event_id="x"), watch("v", "i", 5), watch("u", "j", 8), watch("u", "k", 16)]
+    outcome = play(config, [*lines, watch("u", "i", 16, event_id="x", request_id="r")])
+    assert [session["session_id"] for session in outcome.decoded] == [f"v:{T0 + 5}", f"u:{T0}:r"]
+
+
 def test_sessions_made_final_together_are_written_by_end_and_id(play: Play) -> None:
     lines = [watch("b", "i", 0), watch("a", "i", 0), watch("c", "i", 0), watch("c", "j", 1), watch("a:", "i", 0)]
     outcome = play(DEFAULT, [*lines, watch("z", "i", 2 * HOUR)])
