@@ -266,6 +266,7 @@ def test_broken_lines_get_the_same_reason(lines: list[bytes | None], now_ms: int
     assert_same(by_core(config, lines, now_ms=now_ms), by_reference(config, lines, now_ms=now_ms))
 
 
+@pytest.mark.slow
 @settings(WORLDS, max_examples=max(1, EXAMPLES // 5))
 @given(
     world=worlds(),
