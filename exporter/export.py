@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
 import shutil
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -26,10 +26,6 @@ if TYPE_CHECKING:
     from trainer.checkpoint import Checkpoint
     from trainer.items import Catalogue
     from trainer.model import OneRec
-
-
-TRACED_MODULES = ("exporter.onnx_graph", "trainer.beam", "trainer.model", "trainer.moe")
-"""What decides the graph besides architecture and beam width."""
 
 
 class Export(msgspec.Struct, frozen=True, kw_only=True):
@@ -71,9 +67,10 @@ def build_bundle(
     report: Report = silent,
 ) -> tuple[Manifest, Expected]:
     """Fill `folder` with a sealed bundle whose graph was checked against torch; also a request to try it with."""
+    from exporter.optimise import CPU_TEMPLATE
     from exporter.parity import compare, parity_rows, torch_beams
     from exporter.weights import write_weights
-    from serving_config.recommend.engine import GRAPH_FILE, Graph
+    from serving_config.recommend.engine import CPU_GRAPH_FILE, Graph
 
     with timed(report, "checkpoint"):
         checkpoint, model = _load(export)
@@ -84,12 +81,13 @@ def build_bundle(
     template = find_template(checkpoint.model_config, export.width, templates, report=report)
     with timed(report, "weights"):
         write_weights(model.state_dict(), template, folder / GRAPH_FOLDER)
-    with timed(report, "parity"):
-        graph = Graph(folder / GRAPH_FOLDER / GRAPH_FILE, snapshot.trie, threads=export.threads)
+        bundle.link(template / CPU_TEMPLATE, folder / GRAPH_FOLDER / CPU_GRAPH_FILE)
+    with timed(report, "parity"), ThreadPoolExecutor(1) as pool:
         rows = parity_rows(snapshot, checkpoint.model_config)
         histories = [snapshot.item_codes[row].astype(np.int64) for row in rows]
-        served = graph.search(histories)
-        parity = compare(torch_beams(model, snapshot, histories, export.width), served)
+        reference = pool.submit(torch_beams, model, snapshot, histories, export.width)
+        served = Graph(folder / GRAPH_FOLDER, snapshot.trie, threads=export.threads).search(histories)
+        parity = compare(reference.result(), served)
     with timed(report, "seal"):
         manifest = Manifest(
             version=version,
@@ -117,6 +115,34 @@ def export_bundle(out_dir: Path, export: Export, *, report: Report = silent) -> 
     return {"step": manifest.step, "items": manifest.items, "watermark": manifest.watermark}
 
 
+def export_plain_model(out_dir: Path, export: Export, *, report: Report = silent) -> dict[str, Any]:
+    """Write a model for Triton's own ONNX Runtime backend into a new folder. Returns its main fields."""
+    from exporter.plain import export_plain
+    from exporter.trie import build_trie
+
+    with _new_folder(out_dir) as folder:
+        with timed(report, "checkpoint"):
+            checkpoint, model = _load(export)
+        with timed(report, "catalogue"):
+            catalogue = _catalogue(export, checkpoint)
+            trie = build_trie(catalogue.item_codes, checkpoint.model_config.codes)
+        templates = export.run_dir / "templates"
+        find_template(checkpoint.model_config, export.width, templates, report=report)
+        with timed(report, "plain"):
+            export_plain(
+                model.state_dict(),
+                checkpoint.model_config,
+                trie,
+                catalogue.item_ids,
+                folder,
+                width=export.width,
+                templates=templates,
+                name=out_dir.name,
+            )
+            bundle.sync_tree(folder)
+    return {"step": checkpoint.step, "items": trie.items, "watermark": checkpoint.watermark}
+
+
 @contextmanager
 def _new_folder(out_dir: Path) -> Iterator[Path]:
     """A folder beside `out_dir` that takes its name when the block ends well, and is removed when not."""
@@ -133,26 +159,38 @@ def _new_folder(out_dir: Path) -> Iterator[Path]:
         shutil.rmtree(staging, ignore_errors=True)
 
 
-def find_template(config: ModelConfig, width: int, templates: Path, *, report: Report = silent) -> Path:
-    """The graph template of an architecture and beam width, traced where it is not there yet.
+def export_plain_model(out_dir: Path, export: Export, *, report: Report = silent) -> dict[str, Any]:
+    """Write a model for Triton's own ONNX Runtime backend (`exporter.plain`) into a new folder."""
+    from exporter.plain import export_plain
+    from exporter.trie import build_trie
 
-    Templates lie in a folder named by the code that was traced, so that an upgrade never serves an old search.
-    """
+    with timed(report, "checkpoint"):
+        checkpoint, model = _load(export)
+    with timed(report, "catalogue"):
+        catalogue = _catalogue(export, checkpoint)
+        trie = build_trie(catalogue.item_codes, checkpoint.model_config.codes)
+    templates = export.run_dir / "templates"
+    find_template(checkpoint.model_config, export.width, templates, report=report)
+    with timed(report, "plain"), _new_folder(out_dir) as folder:
+        export_plain(
+            model.state_dict(), checkpoint.model_config, trie, catalogue.item_ids, folder, width=export.width,
+            templates=templates, name=out_dir.resolve().name,
+        )  # fmt: skip
+        bundle.sync_tree(folder)
+    return {"step": checkpoint.step, "items": trie.items, "watermark": checkpoint.watermark}
+
+
+def find_template(config: ModelConfig, width: int, templates: Path, *, report: Report = silent) -> Path:
+    """The graph template of an architecture and beam width, and its form for the CPU; traced where it is not there."""
+    from exporter.optimise import CPU_TEMPLATE, ensure_cpu_graph
     from exporter.weights import ensure_template, template_key
 
-    digest = hashlib.sha256()
-    for module in TRACED_MODULES:
-        digest.update(bundle.source_file(module).read_bytes())
-    folder = templates / digest.hexdigest()[:16]
-    if (folder / template_key(config, width)).is_dir():
-        return ensure_template(config, width, folder)
-    with timed(report, "template"):
-        found = ensure_template(config, width, folder)
-        bundle.sync_tree(folder)
-    for other in templates.iterdir():
-        if other != folder:
-            shutil.rmtree(other, ignore_errors=True)
-    return found
+    folder = templates / template_key(config, width)
+    if not (folder / CPU_TEMPLATE).exists():
+        with timed(report, "template"):
+            ensure_cpu_graph(ensure_template(config, width, templates))
+            bundle.sync_tree(folder)
+    return folder
 
 
 def _load(export: Export) -> tuple[Checkpoint, OneRec]:
