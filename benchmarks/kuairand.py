@@ -32,7 +32,7 @@ SEMANTICS = ["session.gap_ms=43200000", "session.min_watched=3", "session.min_to
              "session.min_interactions=0"]
 BEGINS_MS = int(TEST_BEGINS.timestamp() * 1000)
 TUNED_CODEBOOK = ["catalogue.levels=2", "catalogue.codes=1024"]
-TUNED = ["train.learning_rate=0.001", "train.batch_windows=16", "train.backlog_passes=4",
+TUNED = ["train.learning_rate=0.001", "train.batch_windows=16", "train.backlog_passes=2",
          f"train.backlog_until_ms={BEGINS_MS}"]
 HALF_LIFE = 1_000
 ROWS = ("hit@1", "hit@5", "hit@10", "ndcg@5", "ndcg@10", "session_hit", "session_recall", "session_ndcg", "best_recall")

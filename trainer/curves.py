@@ -9,7 +9,7 @@ from pathlib import Path
 from onerec.errors import Failure, UserError
 from trainer.evaluate import Line, bins, mean_loss, means
 
-POINTS = 40
+POINTS = 16
 PANELS = (("hit@10", "next item: hit rate@10"), ("ndcg@10", "next item: NDCG@10"),
           ("session_recall", "session: share of its items generated"))
 COLOURS = {"onerec": "tab:red", "popularity": "tab:gray", "covisitation": "tab:blue"}
