@@ -245,6 +245,14 @@ def copy_runtime(folder: Path) -> None:
     (folder / "__pycache__").touch()
 
 
+def link(source: Path, target: Path) -> None:
+    """A second name for a file that is never written again; a copy where the file system has no such thing."""
+    try:
+        os.link(source, target)
+    except OSError:
+        shutil.copyfile(source, target)
+
+
 def _digest(path: Path) -> FileEntry:
     with path.open("rb") as file:
         return FileEntry(sha256=hashlib.file_digest(file, "sha256").hexdigest(), size=os.fstat(file.fileno()).st_size)

@@ -137,7 +137,7 @@ def export_plain_model(out_dir: Path, export: Export, *, report: Report = silent
                 folder,
                 width=export.width,
                 templates=templates,
-                name=out_dir.name,
+                name=out_dir.resolve().name,
             )
             bundle.sync_tree(folder)
     return {"step": checkpoint.step, "items": trie.items, "watermark": checkpoint.watermark}
@@ -157,27 +157,6 @@ def _new_folder(out_dir: Path) -> Iterator[Path]:
         raise UserError(f"--out {out_dir} cannot be written: {error.strerror} ({error.filename})") from error
     finally:
         shutil.rmtree(staging, ignore_errors=True)
-
-
-def export_plain_model(out_dir: Path, export: Export, *, report: Report = silent) -> dict[str, Any]:
-    """Write a model for Triton's own ONNX Runtime backend (`exporter.plain`) into a new folder."""
-    from exporter.plain import export_plain
-    from exporter.trie import build_trie
-
-    with timed(report, "checkpoint"):
-        checkpoint, model = _load(export)
-    with timed(report, "catalogue"):
-        catalogue = _catalogue(export, checkpoint)
-        trie = build_trie(catalogue.item_codes, checkpoint.model_config.codes)
-    templates = export.run_dir / "templates"
-    find_template(checkpoint.model_config, export.width, templates, report=report)
-    with timed(report, "plain"), _new_folder(out_dir) as folder:
-        export_plain(
-            model.state_dict(), checkpoint.model_config, trie, catalogue.item_ids, folder, width=export.width,
-            templates=templates, name=out_dir.resolve().name,
-        )  # fmt: skip
-        bundle.sync_tree(folder)
-    return {"step": checkpoint.step, "items": trie.items, "watermark": checkpoint.watermark}
 
 
 def find_template(config: ModelConfig, width: int, templates: Path, *, report: Report = silent) -> Path:

@@ -148,7 +148,7 @@ class Repository:
 
     def clean_staging(self) -> None:
         """Remove what killed publishers left; only under the lock."""
-        for leftover in _folders(self.staging):
+        for leftover in [*_folders(self.staging), *self.templates.glob(".*"), *self.templates.glob("*/.*")]:
             shutil.rmtree(leftover, ignore_errors=True)
 
     def write_config(self, config: RecommendConfig) -> None:

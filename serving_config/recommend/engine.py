@@ -16,6 +16,9 @@ from onerec.errors import UserError
 from serving_config.recommend.errors import RequestError
 
 GRAPH_FILE = "model.onnx"
+CPU_GRAPH_FILE = "model.cpu.onnx"
+"""The same graph as ONNX Runtime optimised it for the CPU: loads in half the time."""
+
 MAX_ROWS = 32
 
 
@@ -44,15 +47,15 @@ class Graph:
     """The ONNX graph with the trie of one catalogue, on one device.
 
     Args:
-        path: the graph file.
+        folder: where the graph files and their weights are.
         trie: what the search may generate.
         threads: ONNX Runtime's threads within an operator.
         device: CUDA device id, None = CPU.
     """
 
-    def __init__(self, path: Path, trie: Trie, *, threads: int = 2, device: int | None = None) -> None:
+    def __init__(self, folder: Path, trie: Trie, *, threads: int = 2, device: int | None = None) -> None:
         self._levels = trie.levels
-        self._session = open_session(path, threads=threads, device=device)
+        self._session = open_session(folder, threads=threads, device=device)
         self._place = ("cuda", device) if device is not None else ("cpu", 0)
         wanted = {graph_input.name for graph_input in self._session.get_inputs()}
         # Put on the device once: a request moves only its history.
@@ -62,7 +65,7 @@ class Graph:
             if name in wanted
         }
         if missing := wanted - set(self._arrays) - {"history", "history_mask"}:
-            raise UserError(f"graph {path} asks for unknown inputs {sorted(missing)}; publish again")
+            raise UserError(f"graph {folder} asks for unknown inputs {sorted(missing)}; publish again")
 
     def search(self, histories: Sequence[NDArray[np.int64]]) -> Beams:
         """One run of the graph over ragged histories, each int64 [T, L]."""
@@ -91,7 +94,7 @@ class Engine:
             raise UserError(f"bundle {folder}: weights and catalogue are of different codebooks; publish again")
         self._rows = {item_id: row for row, item_id in enumerate(self.snapshot.item_ids)}
         self._ids = np.array([item_id.encode() for item_id in self.snapshot.item_ids], dtype=object)
-        self._graph = Graph(folder / GRAPH_FOLDER / GRAPH_FILE, self.snapshot.trie, threads=threads, device=device)
+        self._graph = Graph(folder / GRAPH_FOLDER, self.snapshot.trie, threads=threads, device=device)
 
     def history(self, item_ids: Iterable[str]) -> History:
         """The newest `history_length` known items as codes; unknown ids are skipped and counted."""
@@ -132,7 +135,7 @@ def pad(histories: Sequence[NDArray[np.int64]], levels: int) -> tuple[NDArray[np
     return codes, mask
 
 
-def open_session(graph: Path, *, threads: int, device: int | None) -> ort.InferenceSession:
+def open_session(folder: Path, *, threads: int, device: int | None) -> ort.InferenceSession:
     """An ONNX Runtime session over a bundle's graph; UserError where it cannot be loaded."""
     options = ort.SessionOptions()
     options.intra_op_num_threads = threads
@@ -141,7 +144,11 @@ def open_session(graph: Path, *, threads: int, device: int | None) -> ort.Infere
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")
     options.log_severity_level = 3
     providers: list[str | tuple[str, dict[str, int]]] = ["CPUExecutionProvider"]
-    if device is not None:
+    if device is None:
+        graph = folder / CPU_GRAPH_FILE
+        options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
+    else:
+        graph = folder / GRAPH_FILE
         providers.insert(0, ("CUDAExecutionProvider", {"device_id": device}))
     try:
         return ort.InferenceSession(graph, options, providers=providers)

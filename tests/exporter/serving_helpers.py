@@ -84,7 +84,8 @@ def write_graph(folder: Path, *, shift: int = 0, width: int = WIDTH, alive: int 
     graph = helper.make_graph(nodes, "fake", inputs, outputs, initializers)
     model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=9)
     onnx.checker.check_model(model)
-    onnx.save(model, folder / "model.onnx")
+    for name in ("model.onnx", "model.cpu.onnx"):
+        onnx.save(model, folder / name)
 
 
 def make_bundle(

@@ -72,7 +72,7 @@ def serving(repository: Path) -> Iterator[tuple[TritonServer, Client]]:
 
 
 def spoil_graph(folder: Path) -> None:
-    (folder / "graph" / "model.onnx").write_bytes(b"not a graph")
+    (folder / "graph" / "model.cpu.onnx").write_bytes(b"not a graph")
 
 
 def spoil_sealed(folder: Path) -> None:
@@ -108,7 +108,7 @@ def test_publish_and_rollback_under_load_fail_no_request(repository: Path) -> No
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("spoil", "reason"), [
-    (spoil_graph, "model.onnx is not what was published"),
+    (spoil_graph, "model.cpu.onnx is not what was published"),
     (spoil_sealed, "cannot be loaded"),
     (spoil_answer, "answers with version 77, not 2"),
 ])  # fmt: skip

@@ -21,7 +21,7 @@ from exporter.repository import Repository
 from exporter.server import TritonServer
 from onerec.cli import build
 from onerec.errors import OneRecError, UserError
-from serving_config.recommend.engine import Engine
+from serving_config.recommend.engine import Engine, pad
 from streaming.store import Reader
 from trainer.beam import beam_search, trie_tensors
 from trainer.checkpoint import Checkpoint, Cursor, load_checkpoint, load_model, save_checkpoint
@@ -178,7 +178,7 @@ def test_a_rebuilt_catalogue_does_not_disturb_a_run_on_the_one_before(world: Wor
     state = tmp_path / "state"
     shutil.copytree(world.state, state)
     version = load_catalogue(state).version
-    call("items", "--state", state, "--json", "--set", "catalogue.codes=8", "--set", "catalogue.seed=5")
+    call("items", "--state", state, "--json", "--build", "--set", "catalogue.codes=8", "--set", "catalogue.seed=5")
     assert load_catalogue(state).version != version
     call("export", "--run", world.run, "--state", state, "--out", tmp_path / "out", "--set", f"beam.width={WIDTH}")
     assert verify_bundle(tmp_path / "out").codebook_version == version
@@ -236,3 +236,35 @@ def test_new_events_of_a_user_change_the_next_answer(world: World, tmp_path: Pat
     time.sleep(0.2)
     expected = by_torch(world, engine.manifest.step, ["v1", "v2"])[0]
     assert world.client.recommend("late-comer", count=WIDTH).items == expected
+
+
+def test_the_graph_for_the_cpu_is_the_traced_one(world: World) -> None:
+    folder = Repository(world.repository).folder(Repository(world.repository).versions()[-1]) / "graph"
+    import onnxruntime as ort
+
+    engine = Engine(folder.parent)
+    histories = [engine.history(["v1", "v2", "v3"]).codes, engine.history([]).codes]
+    optimised = engine.search(histories)
+    plain = ort.InferenceSession(folder / "model.onnx", providers=["CPUExecutionProvider"])
+    codes, mask = pad(histories, engine.snapshot.trie.levels)
+    leaves, scores = plain.run(
+        ["leaves", "scores"], {"history": codes, "history_mask": mask, **engine.snapshot.trie.arrays()}
+    )
+    assert np.array_equal(leaves, optimised.leaves)
+    assert np.allclose(scores, optimised.scores, atol=1e-4)
+
+
+def test_plain_models_are_what_tritons_onnx_runtime_backend_reads(world: World, tmp_path: Path) -> None:
+    import onnxruntime as ort
+    from google.protobuf import text_format
+    from tritonclient.grpc import model_config_pb2
+
+    step = Engine(Repository(world.repository).folder(Repository(world.repository).versions()[-1])).manifest.step
+    call("export", "--plain", "--run", world.run, "--out", tmp_path / "plain", "--set", f"beam.width={WIDTH}")
+    config = text_format.Parse((tmp_path / "plain" / "config.pbtxt").read_text(), model_config_pb2.ModelConfig())
+    assert (config.name, config.backend) == ("plain", "onnxruntime")
+    session = ort.InferenceSession(tmp_path / "plain" / "1" / "model.onnx", providers=["CPUExecutionProvider"])
+    levels = load_catalogue(world.state).levels
+    feed = {"history": np.zeros((1, 1, levels), np.int64), "history_mask": np.zeros((1, 1), bool)}
+    [items] = session.run(["items"], feed)
+    assert [list(row) for row in items[0] if row[0]] == by_torch(world, step, [])[0]
