@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -20,6 +21,9 @@ CPU_GRAPH_FILE = "model.cpu.onnx"
 """The same graph as ONNX Runtime optimised it for the CPU: loads in half the time."""
 
 MAX_ROWS = 32
+"""Rows of one run of the graph: bounds its memory, whatever clients send."""
+
+CUDA = "CUDAExecutionProvider"
 
 
 class History(NamedTuple):
@@ -50,12 +54,17 @@ class Graph:
         folder: where the graph files and their weights are.
         trie: what the search may generate.
         threads: ONNX Runtime's threads within an operator.
-        device: CUDA device id, None = CPU.
+        device: CUDA device id, None = CPU; the CPU too where CUDA cannot be used, with a line on standard error.
     """
 
     def __init__(self, folder: Path, trie: Trie, *, threads: int = 2, device: int | None = None) -> None:
         self._levels = trie.levels
         self._session = open_session(folder, threads=threads, device=device)
+        if device is not None and CUDA not in self._session.get_providers():
+            # ONNX Runtime itself would go on without a word, with the graph that is slow on the CPU.
+            sys.stderr.write("onerec: ONNX Runtime cannot use CUDA here (see its words above); running on the CPU\n")
+            device = None
+            self._session = open_session(folder, threads=threads, device=None)
         self._place = ("cuda", device) if device is not None else ("cpu", 0)
         wanted = {graph_input.name for graph_input in self._session.get_inputs()}
         # Put on the device once: a request moves only its history.
@@ -149,7 +158,7 @@ def open_session(folder: Path, *, threads: int, device: int | None) -> ort.Infer
         options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
     else:
         graph = folder / GRAPH_FILE
-        providers.insert(0, ("CUDAExecutionProvider", {"device_id": device}))
+        providers.insert(0, (CUDA, {"device_id": device}))
     try:
         return ort.InferenceSession(graph, options, providers=providers)
     except Exception as error:  # ONNX Runtime's exceptions share no base class

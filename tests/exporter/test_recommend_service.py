@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import numpy as np
@@ -190,3 +191,13 @@ def test_a_version_that_has_learnt_nothing_says_so(tmp_path: Path) -> None:
     make_bundle(tmp_path / "1", watermark=None)
     answer = one(Service(Engine(tmp_path / "1"), Stored()), Request(history=texts(["v1"])))
     assert answer.watermark.tolist() == [[-1]]
+
+
+@pytest.mark.skipif(os.path.exists("/dev/nvidia0"), reason="this machine has a GPU")
+def test_a_gpu_that_cannot_be_used_is_said_and_the_cpu_serves(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    make_bundle(tmp_path / "1")
+    answer = one(Service(Engine(tmp_path / "1", device=0), Stored()), Request(history=texts(["v1"])))
+    assert decoded(answer)[0][0] == expected_session(0, ("v1",))
+    assert "running on the CPU" in capfd.readouterr().err

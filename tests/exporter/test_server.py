@@ -6,6 +6,8 @@ import concurrent.futures
 import os
 import signal
 import socket
+import subprocess
+import sys
 import tempfile
 import time
 import urllib.request
@@ -254,6 +256,54 @@ def test_a_server_without_a_version_says_publish(start_triton: Start, tmp_path: 
     assert load_repository(tmp_path / "empty", client) == (None, {})
     with pytest.raises(Failure, match="onerec publish"):
         client.recommend(history=["v1"])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("end", "status"), [(signal.SIGTERM, 0), (signal.SIGINT, 0), (signal.SIGKILL, 1)])
+def test_serve_runs_until_it_is_stopped_and_tells_when_triton_dies(
+    repository: Path, end: signal.Signals, status: int
+) -> None:
+    command = [sys.executable, "-m", "onerec.cli", "serve", "--repository", str(repository), "--json"]
+    ports = ["--http-port", "0", "--grpc-port", "0", "--metrics-port", "0"]
+    with subprocess.Popen([*command, *ports], stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        assert process.stdout is not None and process.stderr is not None
+        ready = orjson.loads(process.stdout.readline())
+        assert ready["version"] == 1
+        with Client(ready["grpc"]) as client:
+            assert client.recommend(history=[]).model_version == 1
+        # SIGKILL goes to Triton itself, the others to the command.
+        os.kill(ready["pid"] if end == signal.SIGKILL else process.pid, end)
+        assert process.wait(30) == status
+        if status:
+            assert b"Triton ended by itself" in process.stderr.read()
+    deadline = time.monotonic() + 5
+    while process_exists(ready["pid"]) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert not process_exists(ready["pid"])
+
+
+@pytest.mark.slow
+def test_a_killed_serve_takes_its_triton_along(repository: Path) -> None:
+    command = [sys.executable, "-m", "onerec.cli", "serve", "--repository", str(repository), "--json"]
+    ports = ["--http-port", "0", "--grpc-port", "0", "--metrics-port", "0"]
+    with subprocess.Popen([*command, *ports], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL) as process:
+        assert process.stdout is not None
+        ready = orjson.loads(process.stdout.readline())
+        pids = [ready["pid"], *children(ready["pid"])]
+        process.kill()
+    deadline = time.monotonic() + 15
+    while any(map(process_exists, pids)) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert not any(map(process_exists, pids))
+
+
+def test_serve_refuses_folders_that_cannot_be(tmp_path: Path, unwritable: Path) -> None:
+    for arguments, fault in (
+        (["--repository", str(unwritable)], "cannot be made"),
+        (["--repository", str(tmp_path / "r"), "--state", str(tmp_path / "none")], "no such folder"),
+    ):
+        with pytest.raises(UserError, match=fault):
+            CliRunner().invoke(build(), ["serve", *arguments], catch_exceptions=False)
 
 
 def test_the_hand_made_world_fits_the_model() -> None:
