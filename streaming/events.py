@@ -245,7 +245,7 @@ def item_from_mapping(fields: Mapping[str, Any]) -> ItemRecord | Rejected:
         if type(embedding) is not list or not embedding:
             return Rejected("bad_embedding")
         for x in embedding:
-            if type(x) not in (int, float) or not math.isfinite(x) or abs(x) > 3e38:
+            if type(x) not in (int, float) or not math.isfinite(x) or abs(x) > 3.4028235e38:
                 return Rejected("bad_embedding")
     return ItemRecord(
         item_id=fields["item_id"],

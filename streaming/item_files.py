@@ -70,7 +70,7 @@ def _entries(path: str) -> Iterator[tuple[int, ItemRecord | Rejected]]:
 
 def _json_entries(path: str, stream: Tracked) -> Iterator[tuple[int, ItemRecord | Rejected]]:
     for batch in JsonLines(source_name(path), stream, Position()).batches(lambda: 0):
-        for number, raw in batch.records:
+        for number, raw in enumerate(batch.records, batch.first):
             if isinstance(raw, Row):
                 yield number, Rejected("too_long")
             elif raw.strip(b" \t\r"):

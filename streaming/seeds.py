@@ -25,7 +25,7 @@ class Seeds(Source):
         """(line number, bytes, seed or the reason of its refusal) after `start`."""
         source = JsonLines(self.name, self.stream, self.start)
         for batch in source.batches(lambda: 0):
-            for number, raw in batch.records:
+            for number, raw in enumerate(batch.records, batch.first):
                 if isinstance(raw, Row):
                     yield number, raw.raw, Rejected("too_long")
                 elif raw.strip(b" \t\r"):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Final, NamedTuple
 
 import msgspec
@@ -13,7 +13,7 @@ from streaming.items import ItemRecord
 from streaming.rows import events_of
 from streaming.streams import Tracked
 
-BLOCK: Final = 8 << 20
+BLOCK: Final = 16 << 20
 KEPT_OF_A_LONG_LINE: Final = 16 << 20
 
 
@@ -27,9 +27,10 @@ class Position(msgspec.Struct, frozen=True):
 
 
 class Batch(NamedTuple):
-    """Consecutive records as (number, line or Row), numbers from 1, and the bytes of the source up to their end."""
+    """Consecutive records, the number of the first (from 1), and the bytes of the source up to their end."""
 
-    records: list[tuple[int, bytes | Row]]
+    first: int
+    records: Sequence[bytes | Row]
     bytes_after: int
 
 
@@ -95,32 +96,31 @@ class JsonLines(Source):
                     row, used, carry = self._long_line(carry)
                     number += 1
                     offset += used
-                    yield Batch([(number, row)], offset)
+                    yield Batch(number, [row], offset)
                 continue
             block = carry + data[:end] if carry else data[:end]
             carry = data[end + 1 :]
             lines = block.split(b"\n")
             offset += len(block) + 1
-            yield Batch(self._records(lines, number, max_ts), offset)
+            yield Batch(number + 1, self._records(lines, max_ts), offset)
             number += len(lines)
         if carry:
-            yield Batch(self._records([carry], number, max_ts), offset + len(carry))
+            yield Batch(number + 1, self._records([carry], max_ts), offset + len(carry))
 
-    def _records(self, lines: list[bytes], number: int, max_ts: Callable[[], int]) -> list[tuple[int, bytes | Row]]:
+    def _records(self, lines: list[bytes], max_ts: Callable[[], int]) -> Sequence[bytes | Row]:
         if not self._mapping:
-            return list(enumerate(lines, number + 1))
+            return lines
         newest = max_ts()
-        records: list[tuple[int, bytes | Row]] = []
+        records: list[Row] = []
         for raw in lines:
-            number += 1
             if not raw.strip(b" \t\r"):
-                records.append((number, Row(raw, [], len(raw) + 1)))
+                records.append(Row(raw, [], len(raw) + 1))
                 continue
             fields = parse_object(raw)
             events: list[Line | ItemRecord | Rejected] = (
                 [fields] if isinstance(fields, Rejected) else list(events_of(fields, self._mapping, newest, renamed=True))
             )
-            records.append((number, Row(raw, events, len(raw) + 1)))
+            records.append(Row(raw, events, len(raw) + 1))
         return records
 
     def _long_line(self, begun: bytes) -> tuple[Row, int, bytes]:

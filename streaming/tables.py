@@ -58,7 +58,7 @@ class Table(Source):
         """Batches of 8,192 rows."""
         mapping = self.checked_mapping()
         number = 0
-        records: list[tuple[int, bytes | Row]] = []
+        records: list[Row] = []
         for raw, values in self.rows():
             number += 1
             if number <= self.start.records:
@@ -67,12 +67,12 @@ class Table(Source):
                 events: list[Line | ItemRecord | Rejected] = [Rejected("bad_columns")]
             else:
                 events = list(events_of(values, mapping, max_ts()))
-            records.append((number, Row(raw, events)))
+            records.append(Row(raw, events))
             if len(records) >= BATCH_ROWS:
-                yield Batch(records, self.stream.consumed)
+                yield Batch(number + 1 - len(records), records, self.stream.consumed)
                 records = []
         if records:
-            yield Batch(records, self.stream.consumed)
+            yield Batch(number + 1 - len(records), records, self.stream.consumed)
 
 
 class Csv(Table):
