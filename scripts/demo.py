@@ -14,6 +14,7 @@ import socket
 import subprocess
 import sys
 import time
+import urllib.request
 from pathlib import Path
 
 SERVER_SECONDS = 90
@@ -62,14 +63,15 @@ def free_ports(count: int) -> list[int]:
     return ports
 
 
-def wait_for_port(port: int, server: subprocess.Popen[bytes], log: Path) -> None:
-    """Until something listens there; ends the demo with the server's log when it does not come up."""
+def wait_for_model(port: int, server: subprocess.Popen[bytes], log: Path) -> None:
+    """Until the model answers on the HTTP port; ends the demo with the server's log when it does not come up."""
     deadline = time.monotonic() + SERVER_SECONDS
     while time.monotonic() < deadline and server.poll() is None:
-        with socket.socket() as probe:
-            if probe.connect_ex(("127.0.0.1", port)) == 0:
+        try:
+            with urllib.request.urlopen(f"http://127.0.0.1:{port}/v2/models/recommend/ready", timeout=5):
                 return
-        time.sleep(0.2)
+        except OSError:
+            time.sleep(0.2)
     sys.exit(f"demo: the server did not come up:\n{log.read_text(errors='replace')}")
 
 
@@ -124,7 +126,7 @@ def main() -> None:
     server = demo.start("serve", "--repository", repository, "--state", state, "--http-port", str(http),
                         "--grpc-port", str(grpc), "--metrics-port", str(metrics))
     try:
-        wait_for_port(grpc, server, demo.log)
+        wait_for_model(http, server, demo.log)
         histories = demo.ask("histories", "--state", state, "--limit", "100", "--json").splitlines()
         user = max(map(json.loads, histories), key=lambda line: len(line["items"]))["user_id"]
         demo.run("history", user, "--state", state)
