@@ -57,13 +57,17 @@ def _options(secondary: bool = False) -> Options:
     options.create_missing_column_families(True)
     options.set_max_background_jobs(2)
     options.set_keep_log_file_num(2)
-    options.set_write_buffer_size(64 << 20)
+    # Memory stays flat however long the log: one bound for all memtables, and index blocks inside the cache.
+    options.set_write_buffer_size(32 << 20)
+    options.set_db_write_buffer_size(96 << 20)
     options.set_max_total_wal_size(256 << 20)
     options.set_max_open_files(-1 if secondary else 512)
     options.set_compression_type(DBCompressionType.lz4())
     table = BlockBasedOptions()
     table.set_block_cache(Cache(64 << 20))
     table.set_bloom_filter(10, False)
+    table.set_cache_index_and_filter_blocks(True)
+    table.set_block_size(16 << 10)
     options.set_block_based_table_factory(table)
     return options
 
