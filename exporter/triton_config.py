@@ -42,7 +42,7 @@ OUTPUTS = (
     Tensor(name="model_version", data_type="TYPE_INT64", dims=(1,)),
     Tensor(name="watermark", data_type="TYPE_INT64", dims=(1,)),
 )
-"""What an answer holds (DESIGN.md, "What an application calls")."""
+"""What an answer holds (docs/serving.md, "The model `recommend`")."""
 
 
 class RecommendConfig(msgspec.Struct, frozen=True, kw_only=True):

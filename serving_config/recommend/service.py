@@ -1,4 +1,4 @@
-"""What the model `recommend` answers (DESIGN.md, "What an application calls"): arrays in, arrays out, no Triton."""
+"""What the model `recommend` answers (docs/serving.md, "The model `recommend`"): arrays in, arrays out, no Triton."""
 
 from __future__ import annotations
 

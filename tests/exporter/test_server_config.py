@@ -1,4 +1,4 @@
-"""config.pbtxt is what Triton's own protobuf reads, and says what DESIGN.md promises an application."""
+"""config.pbtxt is what Triton's own protobuf reads, and says what docs/serving.md promises an application."""
 
 from pathlib import Path
 
