@@ -149,6 +149,23 @@ def test_http_gives_the_same(served: tuple[TritonServer, Client, Path]) -> None:
     assert [item.decode() for item in result.as_numpy("items")[0, 0]] == client.recommend("u1").items[0]
 
 
+def test_json_over_http_is_json_to_every_reader_when_the_outputs_are_named(
+    served: tuple[TritonServer, Client, Path],
+) -> None:
+    server, client, _ = served
+    body = {
+        "inputs": [{"name": "history", "datatype": "BYTES", "shape": [1, 2], "data": ["v1", "v2"]},
+                   {"name": "count", "datatype": "INT32", "shape": [1, 1], "data": [2]}],
+        "outputs": [{"name": "items"}, {"name": "scores"}, {"name": "model_version"}, {"name": "watermark"}],
+    }  # fmt: skip
+    request = urllib.request.Request(f"http://{server.http_url}/v2/models/recommend/infer", orjson.dumps(body))
+    with urllib.request.urlopen(request) as answer:
+        outputs = {output["name"]: output for output in orjson.loads(answer.read())["outputs"]}
+    assert outputs["items"]["shape"] == [1, 2, MODEL.session_items]
+    assert outputs["items"]["data"] == sum(client.recommend(history=["v1", "v2"], count=2).items, [])
+    assert outputs["watermark"]["data"] == [1_000]
+
+
 def test_unknown_items_and_refusals_are_counted_for_prometheus(served: tuple[TritonServer, Client, Path]) -> None:
     server, client, _ = served
 
