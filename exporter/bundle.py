@@ -196,7 +196,7 @@ def source_file(module: str) -> Path:
     return source
 
 
-def _imported(source: Path) -> set[str]:
+def imported(source: Path) -> set[str]:
     """Dotted names that a file imports at its top level or in functions; type-checking blocks left out."""
     names: set[str] = set()
     pending: list[ast.AST] = [ast.parse(source.read_text(encoding="utf-8"))]
@@ -225,7 +225,7 @@ def runtime_modules() -> dict[str, Path]:
         if source is None:
             continue
         found[name] = source
-        pending.extend(_imported(source))
+        pending.extend(imported(source))
         if "." in name:
             pending.append(name.rpartition(".")[0])
     return found

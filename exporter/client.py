@@ -159,6 +159,10 @@ class Client:
                 f"Triton at {self.url} serves no such version of {MODEL_NAME!r} ({text}); publish one: "
                 f"onerec publish --run DIR --repository DIR --server {self.url}"
             ) from None
+        if "queue size" in text:
+            raise Failure(
+                f"Triton at {self.url} is overloaded ({text}); ask again later, or serve from more replicas"
+            ) from None
         if "UNAVAILABLE" in status or "DEADLINE_EXCEEDED" in status or "CANCELLED" in status:
             raise Failure(
                 f"Triton at {self.url} does not answer ({text.splitlines()[0] if text else status}); "

@@ -27,6 +27,8 @@ from onerec.errors import Failure, UserError
 
 KEEP_VERSIONS = 3
 KEEP_REJECTED = 3
+KEEP_EVENTS = 1_000
+"""Lines of versions.jsonl that stay when it is shortened, which happens at twice as many."""
 REASON_FILE = "reason.txt"
 
 
@@ -116,8 +118,8 @@ class Repository:
                     if time.monotonic() >= deadline:
                         holder = os.pread(handle, 64, 0).decode(errors="replace").strip() or "unknown"
                         raise Failure(
-                            f"repository {self.root}: another publisher is at work (process {holder}); "
-                            "try again when it is done"
+                            f"repository {self.root}: another publisher, or a server that starts, is at work "
+                            f"(process {holder}); try again when it is done"
                         ) from None
                     time.sleep(0.05)
             os.ftruncate(handle, 0)
@@ -193,6 +195,14 @@ class Repository:
             file.write(torn + msgspec.json.encode(line) + b"\n")
             file.flush()
             os.fsync(file.fileno())
+            file.seek(0)
+            lines = file.read().splitlines(keepends=True)
+        if len(lines) > 2 * KEEP_EVENTS:
+            with self.writing():
+                fresh = self.staging / "versions.jsonl"
+                fresh.write_bytes(b"".join(lines[-KEEP_EVENTS:]))
+                sync_path(fresh)
+                fresh.replace(self._journal)
 
     def set_aside(
         self, version: int, reason: str, now: float, *, event: Literal["rejected", "rolled back"] = "rejected"

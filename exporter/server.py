@@ -222,7 +222,8 @@ class TritonServer:
         return f"{self._folder.name}_" if self._folder else ""
 
     def _environment(self) -> dict[str, str]:
-        environment = dict(os.environ)
+        # What a killed stub leaves in its temporary folder goes with ours.
+        environment = {**os.environ, "TMPDIR": str(self._folder)}
         if self._installation.libraries:
             folders = [*map(str, self._installation.libraries), environment.get("LD_LIBRARY_PATH", "")]
             environment["LD_LIBRARY_PATH"] = os.pathsep.join(filter(None, folders))

@@ -43,6 +43,10 @@ CheckpointOption = Annotated[
 ]
 
 
+TABLE_ROWS = 20
+"""Newest versions that `onerec versions` shows; `--json` has all that the record still knows."""
+
+
 def register(app: typer.Typer) -> None:
     """Add the commands to `app`."""
     app.command()(export)
@@ -187,7 +191,7 @@ def versions(repository: RepositoryOption, server: ServerOption = None, json: Js
         out.print(f"repository {repository} holds no versions; publish one: onerec publish --run DIR "
                   f"--repository {repository}", highlight=False)
         return
-    _print_table(infos, loaded if server else None)
+    _print_table(infos[:TABLE_ROWS], loaded if server else None)
 
 
 def _print_table(infos: list[VersionInfo], loaded: dict[int, str] | None) -> None:

@@ -15,6 +15,7 @@ from serving_helpers import MODEL, FakeCatalogue, make_bundle
 
 from exporter import bundle
 from exporter.trie import build_trie
+from onerec.commands.serve import container_command
 from onerec.errors import UserError
 from serving_config.recommend.engine import Engine
 
@@ -112,3 +113,13 @@ assert own and all(path.startswith({str(tmp_path)!r}) for path in own.values()),
 assert "torch" not in sys.modules and "onnx" not in sys.modules
 """
     subprocess.run([sys.executable, "-I", "-c", script], check=True, timeout=60)
+
+
+def test_the_container_line_installs_what_the_copied_modules_import() -> None:
+    imported = {name.split(".")[0] for path in bundle.runtime_modules().values() for name in bundle.imported(path)}
+    foreign = imported - set(sys.stdlib_module_names) - set(bundle.PROJECT_PACKAGES)
+    in_the_image = {"numpy"}
+    line = container_command(Path("repository"), Path("state"))
+    assert {name for name in foreign - in_the_image if name not in line} == set()
+    assert {"onnxruntime", "rocksdict", "msgspec"} <= foreign
+    assert "/state:/state -e ONEREC_STATE=/state" in line and "/repository:/repository" in line

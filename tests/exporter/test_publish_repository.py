@@ -14,7 +14,7 @@ from serving_helpers import builder, make_bundle, set_aside
 
 from exporter import bundle
 from exporter.publish import publish_bundle, rollback
-from exporter.repository import KEEP_REJECTED, KEEP_VERSIONS, Repository
+from exporter.repository import KEEP_EVENTS, KEEP_REJECTED, KEEP_VERSIONS, Repository
 from exporter.triton_config import RecommendConfig
 from onerec.errors import Failure, UserError
 
@@ -111,6 +111,15 @@ def test_a_torn_line_of_the_record_costs_only_itself(repository: Path) -> None:
     assert [event.version for event in Repository(repository).events()] == [1, 2]
 
 
+def test_the_record_does_not_grow_without_end(repository: Path) -> None:
+    place = Repository(repository)
+    line = b'{"event":"published","version":%d,"at_ms":0}\n'
+    (repository / ".onerec" / "versions.jsonl").write_bytes(b"".join(line % n for n in range(1, 2 * KEEP_EVENTS + 1)))
+    place.record("published", 2 * KEEP_EVENTS + 1, 0.0, None)
+    assert [event.version for event in place.events()] == list(range(KEEP_EVENTS + 2, 2 * KEEP_EVENTS + 2))
+    assert place.next_version() == 2 * KEEP_EVENTS + 2
+
+
 HOLD = """
 import sys, time
 from pathlib import Path
@@ -125,7 +134,7 @@ def test_a_second_publisher_is_told_who_is_at_work_and_a_killed_one_holds_nothin
     with subprocess.Popen([sys.executable, "-c", HOLD, str(repository)], stdout=subprocess.PIPE) as holder:
         try:
             assert holder.stdout is not None and holder.stdout.readline() == b"held\n"
-            with pytest.raises(Failure, match=f"another publisher is at work .process {holder.pid}"):
+            with pytest.raises(Failure, match=f"another publisher.* is at work .process {holder.pid}"):
                 publish_bundle(repository, builder())
             with pytest.raises(Failure, match="another publisher"):
                 rollback(repository)

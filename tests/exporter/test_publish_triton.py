@@ -10,6 +10,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -21,6 +22,7 @@ from exporter.client import Client
 from exporter.publish import load_repository, publish_bundle, rollback
 from exporter.repository import Repository
 from exporter.server import TritonServer
+from exporter.triton_config import RecommendConfig
 from onerec.errors import Failure, OneRecError
 
 Start = Callable[..., tuple[TritonServer, Client]]
@@ -185,6 +187,23 @@ def test_a_server_of_another_repository_is_not_believed(repository: Path, tmp_pa
             publish_bundle(repository, builder(), server=server.url)
         assert Repository(repository).versions() == [1]
         assert client.recommend(history=[]).model_version == 1
+
+
+@pytest.mark.slow
+def test_too_many_requests_are_told_to_come_back(repository: Path) -> None:
+    publish_bundle(repository, builder(), config=RecommendConfig(max_queue_size=1, max_batch=1))
+    with serving(repository) as (server, client), ThreadPoolExecutor(32) as pool:
+
+        def ask(_: int) -> str:
+            try:
+                client.recommend(history=["v1"])
+            except Failure as error:
+                return str(error)
+            return "answered"
+
+        told = set(pool.map(ask, range(300)))
+    assert "answered" in told
+    assert any("overloaded" in text for text in told), told
 
 
 PUBLISHER = """
