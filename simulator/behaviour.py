@@ -19,6 +19,8 @@ SLOT_ACTIVITY = np.array([0.4, 0.2, 0.6, 0.9, 1.2, 1.1, 1.8, 1.8]) / 8.0
 """Share of a day's sessions that start in each three hours: a bump at noon, the peak in the evening."""
 
 LONGEST_SESSION = 60
+BREAK_MS = 2_400_000
+"""Nobody is in two sessions at once, nor begins one sooner than this after the last: longer than the session gap."""
 CANDIDATES = 12
 PAGE = 8
 REMEMBERED = 40
@@ -33,6 +35,7 @@ class Behaviour:
         self.rng = np.random.default_rng([world.config.seed, 4])
         self.shown = np.full((world.config.users, REMEMBERED), -1, dtype=np.int32)
         self.shown_count: Ints = np.zeros(world.config.users, dtype=np.int64)
+        self.free_from: Ints = np.zeros(world.config.users, dtype=np.int64)
         self.sessions = 0
         self.watches = 0
         self.events = 0
@@ -60,7 +63,7 @@ class Behaviour:
         self.rng.shuffle(users)
         first = self.sessions
         self.sessions += len(users)
-        clock = start + self.rng.integers(0, SLOT_MS // 2, len(users))
+        clock: Ints = np.maximum(start + self.rng.integers(0, SLOT_MS, len(users)), self.free_from[users])
         length = np.clip(np.exp(self.rng.normal(np.log(11), 0.6, len(users))), 1, LONGEST_SESSION).astype(np.int64)
         order = np.argsort(-length, kind="stable")
         users, clock, length = users[order], clock[order], length[order]
@@ -92,6 +95,7 @@ class Behaviour:
             towards = mood[:n] * 0.7 + tastes[:n] * 0.3 + 0.5 * self.world.item_vectors[items]
             mood = np.where(effective[:, None], towards, mood[:n])
             clock[:n] += watch + self.rng.integers(300, 3_000, n)
+        self.free_from[users] = clock + BREAK_MS
         return made
 
     def _popularity(self, day: int, now: int) -> Floats:

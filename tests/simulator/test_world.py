@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gzip
+import itertools
 from pathlib import Path
 
 import numpy as np
@@ -114,6 +115,21 @@ def test_without_faults_nothing_is_late_or_twice(tmp_path: Path) -> None:
     quiet = WorldConfig(users=50, items=100, days=2, seed=1, late_share=0, duplicate_share=0, progress_share=0)
     lines = written(tmp_path, quiet)[0].splitlines()
     assert len(set(lines)) == len(lines)
+
+
+def test_nobody_is_in_two_sessions_at_once(log: tuple[list[dict], list[dict]]) -> None:
+    spans: dict[str, dict[str, list[int]]] = {}
+    for event in log[0]:
+        if event["type"] == "watch":
+            sessions = spans.setdefault(event["user_id"], {})
+            sessions.setdefault(event["request_id"].split("-")[0], []).append(event["ts"])
+    for sessions in spans.values():
+        ordered = sorted((min(times), max(times)) for times in sessions.values())
+        assert all(later[0] - earlier[1] > 1_800_000 for earlier, later in itertools.pairwise(ordered))
+
+
+def test_events_come_at_every_hour(log: tuple[list[dict], list[dict]]) -> None:
+    assert {event["ts"] // 3_600_000 % 24 for event in log[0]} == set(range(24))
 
 
 def test_default_thresholds_are_often_met(log: tuple[list[dict], list[dict]]) -> None:
