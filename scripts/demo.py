@@ -118,7 +118,8 @@ def main() -> None:
     demo.run("replay", *events, "--state", state, *(["--items", items] if items else []), "--format", options.format,
              *settings)
     demo.run("items", "--state", state, *settings)
-    demo.run("train", "--state", state, "--run", run, "--preset", "tiny", *settings)
+    # A short log: larger steps than the default, which is for logs without end.
+    demo.run("train", "--state", state, "--run", run, "--preset", "tiny", "--set", "train.learning_rate=0.001", *settings)
     demo.run("publish", "--run", run, "--repository", repository, *settings)
 
     http, grpc, metrics = free_ports(3)
