@@ -180,7 +180,7 @@ def measure(preset: str, scratch: Path, arguments: argparse.Namespace) -> dict[s
 
 def show(results: list[dict[str, Any]]) -> None:
     """Tables for people."""
-    console = Console(width=150)
+    console = Console(width=180)
     table = Table(title=f"seconds from a checkpoint to the first answer of the new version, {WIDTH} beams, median")
     for name in ("preset", "parameters", *STEPS, "total", "fastest", "slowest", "`onerec publish`", "traced anew"):
         table.add_column(name, justify="left" if name == "preset" else "right")
