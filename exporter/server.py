@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import fcntl
 import importlib.util
 import os
 import shutil
@@ -23,6 +24,7 @@ from onerec.errors import Failure, UserError
 
 START_SECONDS = 60.0
 STOP_SECONDS = 15.0
+FOLDER_PREFIX = "onerec-triton-"
 _PR_SET_PDEATHSIG = 1
 
 
@@ -130,6 +132,36 @@ def _die_with_parent() -> None:
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
 
 
+def _remove_server_folder(folder: Path) -> None:
+    """Remove a server's temporary folder and its shared memory."""
+    for region in Path("/dev/shm").glob(f"{folder.name}_*"):  # noqa: S108
+        region.unlink(missing_ok=True)
+    shutil.rmtree(folder, ignore_errors=True)
+
+
+def _lock_folder(folder: Path) -> int:
+    """A lock that lasts as long as any process that inherited it: tells a live server's folder from a dead one's."""
+    handle = os.open(folder / "lock", os.O_RDWR | os.O_CREAT, 0o600)
+    fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    return handle
+
+
+def _sweep() -> None:
+    """Remove what servers left whose process was killed together with its parent."""
+    for folder in Path(tempfile.gettempdir()).glob(f"{FOLDER_PREFIX}*"):
+        try:
+            handle = os.open(folder / "lock", os.O_RDWR)
+        except OSError:
+            continue
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            _remove_server_folder(folder)
+        except OSError:
+            pass
+        finally:
+            os.close(handle)
+
+
 class TritonServer:
     """`tritonserver` over one model repository, as a context manager; models are loaded by request only.
 
@@ -159,6 +191,7 @@ class TritonServer:
         self._installation = find_installation(binary)
         self._log = log
         self._folder: Path | None = None
+        self._lock: int | None = None
         self._process: subprocess.Popen[bytes] | None = None
         self.ports = ports
 
@@ -197,8 +230,10 @@ class TritonServer:
         if not self.repository.is_dir():
             raise UserError(f"repository {self.repository}: no such folder; publish into it first, or create it")
         self.ports = choose_ports(self._wanted)
-        self._folder = Path(tempfile.mkdtemp(prefix="onerec-triton-"))
+        _sweep()
+        self._folder = Path(tempfile.mkdtemp(prefix=FOLDER_PREFIX))
         try:
+            self._lock = _lock_folder(self._folder)
             self._start()
             self._wait_ready()
         except BaseException:
@@ -272,6 +307,7 @@ class TritonServer:
                 stderr=log,
                 env=self._environment(),
                 start_new_session=True,
+                pass_fds=() if self._lock is None else (self._lock,),
                 preexec_fn=_die_with_parent if sys.platform == "linux" else None,  # noqa: PLW1509
             )
 
@@ -309,8 +345,9 @@ class TritonServer:
             except (ProcessLookupError, PermissionError):
                 pass
             process.wait()
+        if self._lock is not None:
+            os.close(self._lock)
+            self._lock = None
         if self._folder is not None:
-            for region in Path("/dev/shm").glob(f"{self._shm_prefix()}*"):  # noqa: S108
-                region.unlink(missing_ok=True)
-            shutil.rmtree(self._folder, ignore_errors=True)
+            _remove_server_folder(self._folder)
             self._folder = None

@@ -300,7 +300,13 @@ def test_serve_runs_until_it_is_stopped_and_tells_when_triton_dies(
 
 
 @pytest.mark.slow
-def test_a_killed_serve_takes_its_triton_along(repository: Path) -> None:
+def test_a_killed_serve_takes_its_triton_along_and_the_next_one_sweeps(
+    repository: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folders = tmp_path / "temporary"
+    folders.mkdir()
+    monkeypatch.setenv("TMPDIR", str(folders))
+    monkeypatch.setattr(tempfile, "tempdir", None)
     command = [sys.executable, "-m", "onerec.cli", "serve", "--repository", str(repository), "--json"]
     ports = ["--http-port", "0", "--grpc-port", "0", "--metrics-port", "0"]
     with subprocess.Popen([*command, *ports], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL) as process:
@@ -312,6 +318,12 @@ def test_a_killed_serve_takes_its_triton_along(repository: Path) -> None:
     while any(map(process_exists, pids)) and time.monotonic() < deadline:
         time.sleep(0.05)
     assert not any(map(process_exists, pids))
+    [left] = folders.glob("onerec-triton-*")
+    with TritonServer(repository), TritonServer(repository):
+        assert not left.exists()
+        assert len(list(folders.glob("onerec-triton-*"))) == 2, "a live server's folder is not swept"
+    assert not list(folders.glob("onerec-triton-*"))
+    assert not list(Path("/dev/shm").glob(f"{left.name}*"))
 
 
 def test_serve_refuses_folders_that_cannot_be(tmp_path: Path, unwritable: Path) -> None:
