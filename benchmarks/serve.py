@@ -163,9 +163,7 @@ def compare(preset: str, config: ModelConfig, arguments: argparse.Namespace, fol
     return rows
 
 
-def _write_graph(
-    model: OneRec, width: int, version: Path, folder: Path, threads: int
-) -> onnxruntime.InferenceSession:
+def _write_graph(model: OneRec, width: int, version: Path, folder: Path, threads: int) -> onnxruntime.InferenceSession:
     template = ensure_template(model.config, width, folder / "templates")
     write_weights(model.state_dict(), template, version)
     return open_graph(version / GRAPH_FILE, threads)
@@ -194,36 +192,36 @@ def _generation(model: nn.Module, config: ModelConfig, batch: int, length: int, 
 
 
 def costs(preset: str, config: ModelConfig, arguments: argparse.Namespace, folder: Path) -> dict[str, Any]:
-    """What the trie costs in the graph, and what a search without the KV cache would cost, at the widest beam."""
+    """What the trie costs in the graph, and what a search without the KV cache would cost, at the widest beam.
+
+    Processor seconds, the graph on one thread: a second one that waits would count too.
+    """
     width, items = 128, 64
     random = np.random.default_rng(1)
     model = sharp_model(config)
     history = random.integers(0, config.codes, (1, items, config.levels))
     mask = np.ones((1, items), dtype=bool)
     feed = {"history": history, "history_mask": mask}
-    constrained = _write_graph(model, width, folder / f"{preset}-{width}", folder, arguments.threads)
+    constrained = _write_graph(model, width, folder / f"{preset}-{width}", folder, threads=1)
     version = folder / f"{preset}-free"
     write_weights(model.state_dict(), ensure_template(config, width, folder / "templates"), version)
     (version / GRAPH_FILE).unlink()  # a link to the template
     onnx.save(build_graph(config, width, constrained=False), version / GRAPH_FILE)
-    free = open_graph(version / GRAPH_FILE, arguments.threads)
+    free = open_graph(version / GRAPH_FILE, threads=1)
     uniform = random.integers(0, config.codes, (arguments.items, config.levels))
     skewed = uniform.copy()
     skewed[: len(skewed) // 2, 0] = 0  # half of the catalogue below one code
     arrays = {name: build_trie(codes, config.codes).arrays() for name, codes in (("trie", uniform), ("skewed", skewed))}
     runs: dict[str, Callable[[], Any]] = {"free": lambda: free.run(None, feed)}
     runs |= {name: partial(constrained.run, None, feed | trie) for name, trie in arrays.items()}
-    found = {name: spent.cpu for name, spent in costs_of(runs, 4 * arguments.repeats).items()}
-    torch.set_num_threads(arguments.threads)
+    found = {name: spent.cpu for name, spent in costs_of(runs, 8 * arguments.repeats).items()}
     uncached = Uncached(config).eval()
     uncached.load_state_dict(model.state_dict())
     tensors = trie_tensors(build_trie(uniform, config.codes))
     search = partial(
         beam_search, trie=tensors, history=torch.from_numpy(history), history_mask=torch.from_numpy(mask), width=width
     )
-    torch_times = costs_of(
-        {"cached": lambda: search(model), "uncached": lambda: search(uncached)}, arguments.repeats
-    )
+    torch_times = costs_of({"cached": lambda: search(model), "uncached": lambda: search(uncached)}, arguments.repeats)
     return {
         "preset": preset,
         "free": found["free"],
