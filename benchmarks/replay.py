@@ -24,7 +24,7 @@ import orjson
 from rich.console import Console
 from rich.table import Table
 
-EVENTS_PER_USER_DAY = 32
+EVENTS_PER_USER_DAY = 21
 
 
 def resident_mb() -> float:
@@ -83,8 +83,8 @@ def child(kind: str, log: Path, state: Path, core: int) -> dict:
 
 
 def make_log(path: Path, events: int) -> None:
-    """A simulated log of about so many events: 30 days of as many users as that takes."""
-    days = 10
+    """A simulated log of about so many events: 10 days of as many users as that takes, from 2 million on 80 days."""
+    days = 10 if events < 2_000_000 else 80
     users = max(100, events // (EVENTS_PER_USER_DAY * days))
     subprocess.run(
         [sys.executable, "-m", "onerec.cli", "simulate", "--out", str(path), "--users", str(users), "--items", "5000",

@@ -118,12 +118,17 @@ def _check_free(host: str, port: int, option: str) -> None:
 
 def choose_ports(ports: Ports) -> Ports:
     """The ports with every 0 replaced by a free one; UserError naming the option when a given one is taken."""
-    chosen = {}
+    chosen: dict[str, int] = {}
     for name in ("http", "grpc", "metrics"):
         port = getattr(ports, name)
         if port:
             _check_free(ports.host, port, name)
-        chosen[name] = port or _free_port(ports.host)
+            for other, taken in chosen.items():
+                if taken == port:
+                    raise UserError(f"--{other}-port and --{name}-port are both {port}; give each a port of its own")
+        while not port or port in chosen.values():
+            port = _free_port(ports.host)
+        chosen[name] = port
     return Ports(host=ports.host, **chosen)
 
 

@@ -321,8 +321,10 @@ class Core:
             user.sorted = True
         sessions = split(user_id, user.open, config)
         gap = config.gap_ms
-        due = sorted((s for s in sessions if s.end + gap < limit), key=lambda s: (s.end, s.session_id))
-        waiting = [s for s in sessions if s.end + gap >= limit]
+        due = [s for s in sessions if s.end + gap < limit]
+        waiting = [s for s in sessions if s.end + gap >= limit] if len(due) < len(sessions) else []
+        if len(due) > 1:
+            due.sort(key=lambda s: (s.end, s.session_id))
         if due:
             recent = user.positives()
             unwritten: list[OpenSession] = sessions
@@ -344,8 +346,9 @@ class Core:
                 self._final.append(final)
                 unwritten = [s for s in unwritten if s is not session]
             user.open = [e for e in user.open if e.flags & OPEN] if waiting else []
-        user.due = min((s.end + gap for s in waiting), default=NEVER)
-        if user.due != NEVER:
+        user.due = NEVER
+        if waiting:
+            user.due = min([s.end + gap for s in waiting])
             heapq.heappush(self._due, (user.due, user_id))
         if due:
             user.compact(self._wm, self._dedup_ms, self._length)

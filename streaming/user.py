@@ -115,7 +115,7 @@ class User:
         for key in expired:
             known.pop(key).flags &= ~KNOWN
         # Below this time no history is asked for and no event's time can change any more.
-        settled = min(wm, min((e.ts for e in self.open), default=wm))
+        settled = min(wm, min([e.ts for e in self.open])) if self.open else wm
         moved: list[tuple[int, str]] = []
         recent: list[Event] = []
         for e in self.recent:

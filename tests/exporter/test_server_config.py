@@ -1,13 +1,17 @@
 """config.pbtxt is what Triton's own protobuf reads, and says what docs/serving.md promises an application."""
 
+import socket
 from pathlib import Path
 
+import pytest
 from google.protobuf import text_format
 from hypothesis import given
 from hypothesis import strategies as st
 from tritonclient.grpc import model_config_pb2 as pb
 
+from exporter.server import Ports, choose_ports
 from exporter.triton_config import SERVED_VERSIONS, RecommendConfig, config_text
+from onerec.errors import UserError
 
 
 def parse(config: RecommendConfig) -> pb.ModelConfig:
@@ -57,3 +61,13 @@ def test_any_folder_name_and_number_come_back_as_they_were(folder: str, threads:
 
 def test_equal_configurations_give_equal_bytes() -> None:
     assert config_text(RecommendConfig(state=str(Path("/s")))) == config_text(RecommendConfig(state="/s"))
+
+
+def test_one_port_for_two_purposes_is_refused_before_anything_starts() -> None:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    with pytest.raises(UserError, match="--http-port and --metrics-port are both"):
+        choose_ports(Ports(http=port, grpc=0, metrics=port))
+    chosen = choose_ports(Ports(http=0, grpc=0, metrics=0))
+    assert len({chosen.http, chosen.grpc, chosen.metrics}) == 3
