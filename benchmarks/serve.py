@@ -248,16 +248,18 @@ def legality(arguments: argparse.Namespace) -> dict[str, Any]:
     width = 128
     free = trie.lookup(free_search(model, history, mask, width=width).codes.numpy())
     beams = beam_search(model, trie_tensors(trie), history, mask, width=width)
-    sessions = trie.session_rows(beams.leaves[beams.alive].numpy())  # raises where a session is not legal
-    distinct = [len(set(session)) == config.session_items for session in sessions.tolist()]
+    sessions = trie.session_rows(beams.leaves[beams.alive].numpy())
+    legal = free[(free >= 0).all(axis=-1)]
+    held = np.diff(trie.leaf_pointers)
+    overused = [any(row.count(leaf) > held[leaf] for leaf in row) for row in legal.tolist()]
     return {
         "model": origin,
         "items": trie.items,
         "free_illegal": float((free < 0).any(-1).mean()),
         "free_illegal_items": float((free < 0).mean()),
-        "free_repeats": float(np.mean([len(set(row)) < len(row) for row in free.reshape(-1, free.shape[-1]).tolist()])),
-        "trie_illegal": 0.0,
-        "trie_repeats": 1.0 - float(np.mean(distinct)),
+        "free_repeats": float(np.mean(overused)) if overused else None,
+        "trie_illegal": float((trie.lookup(codes[sessions]) < 0).mean()),
+        "trie_repeats": float(np.mean([len(set(row)) < len(row) for row in sessions.tolist()])),
         "trie_dead": 1.0 - float(beams.alive.float().mean()),
     }
 
@@ -293,6 +295,10 @@ def _trained_here(arguments: argparse.Namespace) -> tuple[OneRec, Trie, str]:
     return model.eval(), build_trie(codes, config.codes), f"tiny, {steps} steps on synthetic sessions"
 
 
+def _percent(share: float | None) -> str:
+    return "–" if share is None else f"{share:.1%}"
+
+
 def show(report: dict[str, Any]) -> None:
     """Tables for people."""
     console = Console(width=130)
@@ -316,7 +322,8 @@ def show(report: dict[str, Any]) -> None:
     legal = report["legality"]
     console.print(
         f"illegal sessions without the trie {legal['free_illegal']:.1%} (items {legal['free_illegal_items']:.1%}), with it "
-        f"{legal['trie_illegal']:.0%}; an item twice: without {legal['free_repeats']:.1%}, with {legal['trie_repeats']:.0%} "
+        f"{legal['trie_illegal']:.0%}; an item twice in a legal session: {_percent(legal['free_repeats'])} and "
+        f"{legal['trie_repeats']:.0%} "
         f"({legal['model']}, {legal['items']:,} items)"
     )
 
