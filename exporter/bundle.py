@@ -25,6 +25,7 @@ from numpy.typing import NDArray
 
 from exporter.trie import Trie, build_trie
 from onerec.errors import Failure, UserError
+from onerec.files import sha256_of, sync_path
 from trainer.config import ModelConfig
 
 FORMAT = 1
@@ -254,8 +255,7 @@ def link(source: Path, target: Path) -> None:
 
 
 def _digest(path: Path) -> FileEntry:
-    with path.open("rb") as file:
-        return FileEntry(sha256=hashlib.file_digest(file, "sha256").hexdigest(), size=os.fstat(file.fileno()).st_size)
+    return FileEntry(sha256=sha256_of(path), size=path.stat().st_size)
 
 
 def bundle_files(folder: Path) -> list[str]:
@@ -270,15 +270,6 @@ def bundle_files(folder: Path) -> list[str]:
 def digest_files(folder: Path) -> dict[str, FileEntry]:
     """sha256 and size of every file of a bundle."""
     return {name: _digest(folder / name) for name in bundle_files(folder)}
-
-
-def sync_path(path: Path) -> None:
-    """Force a file, or the entries of a folder, to the disk."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 def sync_tree(folder: Path) -> None:

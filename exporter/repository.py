@@ -21,9 +21,10 @@ from typing import Literal
 
 import msgspec
 
-from exporter.bundle import Manifest, read_manifest, sync_path, sync_tree, verify_bundle
+from exporter.bundle import Manifest, read_manifest, sync_tree, verify_bundle
 from exporter.triton_config import MODEL_NAME, SERVED_VERSIONS, RecommendConfig, config_text
 from onerec.errors import Failure, UserError
+from onerec.files import sync_path
 
 KEEP_VERSIONS = 3
 KEEP_REJECTED = 3

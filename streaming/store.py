@@ -121,6 +121,18 @@ class _Shared:
     state: Path
     _database: _Database
 
+    def close(self) -> None:
+        """Releases the database and every handle on it."""
+        self._database.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: types.TracebackType | None
+    ) -> None:
+        self.close()
+
     def progress(self) -> Progress:
         """Counters, watermark and sequences as last committed."""
         return _read_progress(self._database.meta)
@@ -347,10 +359,6 @@ class Store(_Shared):
         except Exception as error:
             raise self._write_error(error) from None
 
-    def close(self) -> None:
-        """Releases the database and its lock."""
-        self._database.close()
-
     def _write(self, batch: WriteBatch) -> None:
         try:
             self._database.db.write(batch)
@@ -362,14 +370,6 @@ class Store(_Shared):
             f"state {self.state}: the disk refused a write ({error}); the last batch is not stored, all before it is. "
             "Free some space and run the same command again: it goes on from there"
         )
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: types.TracebackType | None
-    ) -> None:
-        self.close()
 
 
 class Reader(_Shared):
@@ -404,16 +404,8 @@ class Reader(_Shared):
 
     def close(self) -> None:
         """Releases the instance and its own log folder."""
-        self._database.close()
+        super().close()
         shutil.rmtree(self._own, ignore_errors=True)
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: types.TracebackType | None
-    ) -> None:
-        self.close()
 
 
 def difference(stored: Semantics, asked: Semantics) -> str:

@@ -22,6 +22,7 @@ import orjson
 from numpy.typing import NDArray
 
 from onerec.errors import Failure, UserError
+from onerec.files import sha256_of, sync_path
 
 FORMAT = "onerec-catalogue"
 FORMAT_VERSION = 1
@@ -104,7 +105,7 @@ def write_version(state_dir: Path, manifest: Manifest, files: dict[str, bytes]) 
         pointer = root / f".current-{os.getpid()}"
         _write_synced(pointer, manifest.version.encode() + b"\n")
         os.replace(pointer, root / "current")
-        _sync_folder(root)
+        sync_path(root)
     except OSError as error:
         shutil.rmtree(staging, ignore_errors=True)
         raise Failure(f"catalogue {root} cannot be written: {error.strerror}; make room or give write permission and "
@@ -217,18 +218,9 @@ def _write_synced(path: Path, data: bytes) -> None:
         os.fsync(file.fileno())
 
 
-def _sync_folder(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
 def _is_whole(folder: Path, digests: dict[str, str]) -> bool:
     """Whether a version lies there already with these very files, so that its journal goes on counting."""
     try:
-        return all(hashlib.sha256((folder / name).read_bytes()).hexdigest() == digest
-                   for name, digest in digests.items())
+        return all(sha256_of(folder / name) == digest for name, digest in digests.items())
     except OSError:
         return False

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import os
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -12,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 
 from onerec.errors import Failure, UserError
+from onerec.files import sha256_of, sync_path
 from trainer.config import ModelConfig
 
 if TYPE_CHECKING:
@@ -118,20 +118,6 @@ def unflatten_state(tensors: Mapping[str, torch.Tensor], skeleton: Any) -> Any:
     return content
 
 
-def sync_file(path: Path) -> None:
-    """Force a file, or the entries of a folder, to the disk."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
-def _digest(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
 def save_checkpoint(
     run_dir: Path, checkpoint: Checkpoint, weights: Mapping[str, torch.Tensor], optimizer: Mapping[str, Any]
 ) -> Checkpoint:
@@ -152,20 +138,20 @@ def save_checkpoint(
         staging.mkdir()
         save_file({name: value.detach().contiguous().cpu() for name, value in weights.items()}, staging / MODEL_FILE)
         save_file(tensors, staging / OPTIMIZER_FILE)
-        files = {name: _digest(staging / name) for name in (MODEL_FILE, OPTIMIZER_FILE)}
+        files = {name: sha256_of(staging / name) for name in (MODEL_FILE, OPTIMIZER_FILE)}
         written = msgspec.structs.replace(checkpoint, optimizer=skeleton, files=files, path=target)
         record = msgspec.to_builtins(msgspec.structs.replace(written, path=Path()), enc_hook=str)
         del record["path"]
         record["sha256"] = _record_digest(record)
         (staging / STATE_FILE).write_bytes(msgspec.json.encode(record))
         for name in (MODEL_FILE, OPTIMIZER_FILE, STATE_FILE):
-            sync_file(staging / name)
-        sync_file(staging)
+            sync_path(staging / name)
+        sync_path(staging)
         # A folder of this step can only be a corrupt one that a resume fell back from.
         if target.exists():
             shutil.rmtree(target)
         staging.rename(target)
-        sync_file(target.parent)
+        sync_path(target.parent)
     except (OSError, SafetensorError) as error:
         shutil.rmtree(staging, ignore_errors=True)
         reason = getattr(error, "strerror", None) or error
@@ -197,7 +183,7 @@ def load_checkpoint(path: Path) -> Checkpoint:
         del record["sha256"]
         checkpoint = msgspec.convert(record | {"path": str(path)}, Checkpoint, dec_hook=lambda kind, value: kind(value))
         for name, digest in checkpoint.files.items():
-            if _digest(path / name) != digest:
+            if sha256_of(path / name) != digest:
                 raise UserError(f"checkpoint {path}: {name} is damaged; delete the folder to use the one before it")
     except OSError as error:
         raise UserError(f"checkpoint {path} cannot be read: {error.strerror} ({error.filename})") from None

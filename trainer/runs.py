@@ -11,7 +11,7 @@ from pathlib import Path
 import msgspec
 
 from onerec.errors import Failure, UserError
-from trainer.checkpoint import sync_file
+from onerec.files import sync_path
 from trainer.config import ModelConfig, TrainConfig
 
 FORMAT = 1
@@ -54,9 +54,9 @@ def write_run(run_dir: Path, run: Run) -> None:
     try:
         run_dir.mkdir(parents=True, exist_ok=True)
         staging.write_bytes(msgspec.json.format(msgspec.json.encode(run)) + b"\n")
-        sync_file(staging)
+        sync_path(staging)
         staging.rename(path)
-        sync_file(run_dir)
+        sync_path(run_dir)
     except OSError as error:
         raise Failure(f"{path} cannot be written: {error.strerror}; mend permissions or free space") from error
 

@@ -109,7 +109,7 @@ service = Service(Engine(Path({str(tmp_path / "1")!r})), Histories(None))
 assert answer.items.shape == (1, 1, 3), answer
 own = {{name: module.__file__ for name, module in sys.modules.items()
        if name.split(".")[0] in ("onerec", "streaming", "trainer", "exporter", "serving_config")}}
-assert own and all(path.startswith({str(tmp_path)!r}) for path in own.values()), own
+assert own and all(str(path).startswith({str(tmp_path)!r}) for path in own.values()), own
 assert "torch" not in sys.modules and "onnx" not in sys.modules
 """
     subprocess.run([sys.executable, "-I", "-c", script], check=True, timeout=60)

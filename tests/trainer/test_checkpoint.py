@@ -126,7 +126,7 @@ def test_a_disk_that_refuses_leaves_the_old_checkpoint(tmp_path: Path, monkeypat
     def full(*_: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("trainer.checkpoint.sync_file", full)
+    monkeypatch.setattr("trainer.checkpoint.sync_path", full)
     with pytest.raises(Failure, match="No space left"):
         save_checkpoint(tmp_path, record(2), WEIGHTS, OPTIMIZER)
     assert [p.name for p in (tmp_path / "checkpoints").iterdir()] == ["000000001"]
