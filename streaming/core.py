@@ -18,6 +18,7 @@ import msgspec
 
 from streaming.changes import Changes, Counters, DeadLetter
 from streaming.events import (
+    BLANK,
     DEEP_LINE,
     DISLIKE,
     KINDS,
@@ -151,7 +152,7 @@ class Core:
                     if ts > max_ts or (kind == WATCH and (line.watch_ms < 0 or line.duration_ms < 0)):
                         raise ValueError
                 except (ValueError, RecursionError, msgspec.MsgspecError):
-                    if not raw.strip(b" \t\r"):
+                    if not raw.strip(BLANK):
                         continue
                     results, source = [decode(raw, max_ts)], raw
                 else:

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any, Final
 
 from onerec.errors import UserError
-from streaming.events import MIN_TS, Rejected, Row, item_from_mapping, parse_object, utf8_length
+from streaming.events import BLANK, MIN_TS, Rejected, Row, item_from_mapping, parse_object, utf8_length
 from streaming.formats import detect, source_name
 from streaming.items import ItemRecord
 from streaming.sources import JsonLines, Position
@@ -73,7 +73,7 @@ def _json_entries(path: str, stream: Tracked) -> Iterator[tuple[int, ItemRecord 
         for number, raw in enumerate(batch.records, batch.first):
             if isinstance(raw, Row):
                 yield number, Rejected("too_long")
-            elif raw.strip(b" \t\r"):
+            elif raw.strip(BLANK):
                 fields = parse_object(raw)
                 yield number, fields if isinstance(fields, Rejected) else _entry(fields)
 

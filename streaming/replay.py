@@ -8,12 +8,11 @@ from collections.abc import Callable, Iterator
 from typing import Any, Final, NamedTuple
 
 import msgspec
-import orjson
 
 from onerec.errors import UserError
 from streaming.changes import Changes, Counters, DeadLetter
 from streaming.core import Core
-from streaming.events import Line, Rejected, Row, decode
+from streaming.events import BLANK, Line, Rejected, Row, decode
 from streaming.formats import open_source, source_name
 from streaming.seeds import Seeds
 from streaming.sources import Position, Source
@@ -71,7 +70,7 @@ class _Cursor:
                 done = min(done + size, batch.bytes_after)
                 if isinstance(raw, Row):
                     row = raw
-                elif raw.strip(b" \t\r"):
+                elif raw.strip(BLANK):
                     row = Row(raw, [decode(raw, max_ts())])
                 else:
                     row = Row(raw, [])
@@ -263,8 +262,3 @@ def _named(changes: Changes, name: str) -> Changes:
     """Dead letters of a single source get its name to their line number."""
     changes.dead_letters = [DeadLetter(f"{name}:{d.position}", d.raw, d.reason) for d in changes.dead_letters]
     return changes
-
-
-def summary_line(summary: dict[str, Any]) -> bytes:
-    """The last line of `onerec replay --json` (§9)."""
-    return orjson.dumps(summary)

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 import msgspec
 
-from streaming.events import Rejected, Row, parse_object
+from streaming.events import BLANK, Rejected, Row, parse_object
 from streaming.rows import text
 from streaming.sources import JsonLines, Source
 
@@ -28,7 +28,7 @@ class Seeds(Source):
             for number, raw in enumerate(batch.records, batch.first):
                 if isinstance(raw, Row):
                     yield number, raw.raw, Rejected("too_long")
-                elif raw.strip(b" \t\r"):
+                elif raw.strip(BLANK):
                     yield number, raw, _seed(raw)
 
 

@@ -8,7 +8,7 @@ from typing import Final, NamedTuple
 import msgspec
 
 from onerec.errors import UserError
-from streaming.events import MAX_LINE_BYTES, Line, Rejected, Row, parse_object
+from streaming.events import BLANK, MAX_LINE_BYTES, Line, Rejected, Row, parse_object
 from streaming.items import ItemRecord
 from streaming.rows import events_of
 from streaming.streams import Tracked
@@ -113,7 +113,7 @@ class JsonLines(Source):
         newest = max_ts()
         records: list[Row] = []
         for raw in lines:
-            if not raw.strip(b" \t\r"):
+            if not raw.strip(BLANK):
                 records.append(Row(raw, [], len(raw) + 1))
                 continue
             fields = parse_object(raw)

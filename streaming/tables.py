@@ -10,7 +10,7 @@ from typing import Any, Final
 import orjson
 
 from onerec.errors import UserError
-from streaming.events import MAX_LINE_BYTES, Line, Rejected, Row
+from streaming.events import BLANK, MAX_LINE_BYTES, Line, Rejected, Row
 from streaming.items import ItemRecord
 from streaming.rows import FIELDS, INTERACTIONS, events_of
 from streaming.sources import BLOCK, Batch, Position, Source
@@ -111,7 +111,7 @@ class Csv(Table):
                 values = [""]
             raw = "".join(self._pending).encode(errors="surrogateescape").rstrip(b"\r\n")
             self._pending.clear()
-            if not raw.strip(b" \t\r"):
+            if not raw.strip(BLANK):
                 continue
             yield raw, dict(zip(self._header, values, strict=True)) if len(values) == width else None
 
