@@ -51,12 +51,17 @@ class Head(NamedTuple):
     bytes: int
 
 
+def _size(raw: bytes | Row) -> int:
+    """Bytes of the source that a record takes, a line's feed included."""
+    return raw.size if isinstance(raw, Row) else len(raw) + 1
+
+
 class _Cursor:
     """One source of a merge, record by record."""
 
     def __init__(self, source: Source, max_ts: Callable[[], int]) -> None:
         self.source = source
-        self.taken = source.start
+        self._taken: Head | None = None
         self._heads = self._read(max_ts)
         self.head = next(self._heads, None)
 
@@ -64,7 +69,7 @@ class _Cursor:
         done = 0
         for batch in self.source.batches(max_ts):
             # Bytes are counted from the batch's end, so that a byte-order mark or a missing last line feed is no matter.
-            sizes = [raw.size if isinstance(raw, Row) else len(raw) + 1 for raw in batch.records]
+            sizes = [_size(raw) for raw in batch.records]
             done = batch.bytes_after - sum(sizes)
             for number, (raw, size) in enumerate(zip(batch.records, sizes, strict=True), batch.first):
                 done = min(done + size, batch.bytes_after)
@@ -82,9 +87,15 @@ class _Cursor:
         head = self.head
         if head is None:
             raise StopIteration
-        self.taken = self.source.position(head.records, head.bytes)
+        self._taken = head
         self.head = next(self._heads, None)
         return head
+
+    def position(self) -> Position:
+        """Where the records taken so far end; made for a commit only, as it hashes the source's beginning."""
+        if self._taken is None:
+            return self.source.start
+        return self.source.position(self._taken.records, self._taken.bytes)
 
 
 class Replay:
@@ -167,11 +178,12 @@ class Replay:
         for batch in source.batches(self._max_ts):
             records, name = batch.records, source.name
             size = self._max_batch or len(records)
+            left = 0 if size >= len(records) else sum(map(_size, records))
             for i in range(0, len(records), size):
                 # Lazily numbered: a list of pairs would cost a twentieth of the whole.
                 part = records[i : i + size] if size < len(records) else records
                 changes = self._core.apply(enumerate(part, batch.first + i), self._clock.wall_ms())
-                left = sum(raw.size if isinstance(raw, Row) else len(raw) + 1 for raw in records[i + size :])
+                left -= sum(map(_size, part)) if left else 0
                 position = source.position(batch.first + i + len(part) - 1, batch.bytes_after - left)
                 self._commit(_named(changes, name), {name: position})
 
@@ -188,7 +200,7 @@ class Replay:
             full = len(records) >= (self._max_batch or MERGE_RECORDS) or size >= MERGE_BYTES
             if records and (full or not ready or head is None):
                 changes = self._core.apply(records, self._clock.wall_ms())
-                self._commit(changes, {c.source.name: c.taken for c in cursors})
+                self._commit(changes, {c.source.name: c.position() for c in cursors})
                 records, size = [], 0
             if cursor is None or head is None:
                 return
