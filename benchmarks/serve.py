@@ -342,7 +342,7 @@ def main() -> None:
     parser.add_argument("--run", type=Path, help="a training run whose model shows the share of illegal sessions")
     arguments = parser.parse_args()
     if arguments.keep_memory and not ALLOCATOR.items() <= os.environ.items():
-        os.execve(sys.executable, [sys.executable, "-m", "benchmarks.serve", *sys.argv[1:]], {**os.environ, **ALLOCATOR})  # noqa: S606
+        os.execve(sys.executable, [sys.executable, "-m", "benchmarks.serve", *sys.argv[1:]], {**os.environ, **ALLOCATOR})
     torch.set_num_threads(arguments.threads)
     report: dict[str, Any] = {"threads": arguments.threads, "keep_memory": arguments.keep_memory, "latency": [], "costs": []}
     with tempfile.TemporaryDirectory() as scratch:

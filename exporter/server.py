@@ -313,7 +313,7 @@ class TritonServer:
                 env=self._environment(),
                 start_new_session=True,
                 pass_fds=() if self._lock is None else (self._lock,),
-                preexec_fn=_die_with_parent if sys.platform == "linux" else None,  # noqa: PLW1509
+                preexec_fn=_die_with_parent if sys.platform == "linux" else None,
             )
 
     def _wait_ready(self) -> None:

@@ -120,7 +120,7 @@ def open_stream(path: str) -> Tracked:
         size = None
     else:
         try:
-            raw = open(path, "rb")  # noqa: SIM115 - lives as long as the source
+            raw = open(path, "rb")
             size = os.fstat(raw.fileno()).st_size
         except OSError as error:
             raise UserError(f"{path}: {error.strerror}; give a file that can be read, or - for standard input") from None

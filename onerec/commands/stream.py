@@ -66,8 +66,8 @@ def replay(
         list[str] | None,
         typer.Option("--items", help="Catalogue: `item` JSON lines, CSV, Parquet, or KuaiRand's videos.", show_default=False),
     ] = None,
-    format: FormatOption = "auto",  # noqa: A002 - the option's name
-    map: MapOption = None,  # noqa: A002 - the option's name
+    format: FormatOption = "auto",
+    map: MapOption = None,
     speed: Annotated[
         float | None,
         typer.Option("--speed", help="Seconds of the log a second; without it as fast as it goes.", show_default=False),
@@ -77,7 +77,7 @@ def replay(
         int | None, typer.Option("--batch", min=1, help="At most so many records a commit.", show_default=False)
     ] = None,
     config: ConfigOption = None,
-    set: SetOption = None,  # noqa: A002 - the option's name
+    set: SetOption = None,
     json: JsonOption = False,
 ) -> None:
     """Replay event logs into a state: histories and sessions in RocksDB.
@@ -174,7 +174,7 @@ def sessions(
     limit: LimitOption = None,
     good: Annotated[bool, typer.Option("--high-quality", help="Only those of high quality.")] = False,
     config: ConfigOption = None,
-    set: SetOption = None,  # noqa: A002 - the option's name
+    set: SetOption = None,
     json: JsonOption = False,
 ) -> None:
     """Final sessions in commit order; with --json one line each."""
@@ -203,7 +203,7 @@ def histories(
     state: StateOption,
     limit: LimitOption = None,
     config: ConfigOption = None,
-    set: SetOption = None,  # noqa: A002 - the option's name
+    set: SetOption = None,
     json: JsonOption = False,
 ) -> None:
     """Every user's history now, in byte order of the user; with --json one line each."""
@@ -224,7 +224,7 @@ def history(
     user: Annotated[str, typer.Argument(help="User id.")],
     state: StateOption,
     config: ConfigOption = None,
-    set: SetOption = None,  # noqa: A002 - the option's name
+    set: SetOption = None,
     json: JsonOption = False,
 ) -> None:
     """One user's history now, oldest first."""
@@ -243,10 +243,10 @@ def dead_letters(
     state: StateOption,
     redrive: Annotated[bool, typer.Option("--redrive", help="Apply them again: what is valid now goes in.")] = False,
     reason: Annotated[str | None, typer.Option("--reason", help="Only those of this code.", show_default=False)] = None,
-    map: MapOption = None,  # noqa: A002 - the option's name
+    map: MapOption = None,
     limit: LimitOption = None,
     config: ConfigOption = None,
-    set: SetOption = None,  # noqa: A002 - the option's name
+    set: SetOption = None,
     json: JsonOption = False,
 ) -> None:
     """What was refused, where it stood and why; --redrive once it is mended.
