@@ -9,7 +9,8 @@ from typing import Any
 import msgspec
 
 from onerec.errors import UserError
-from streaming.semantics import HistoryConfig, Semantics, SessionConfig, StreamConfig, WatchConfig
+from streaming.kafka.settings import KafkaConfig
+from streaming.semantics import HistoryConfig, Positive, Semantics, SessionConfig, StreamConfig, WatchConfig
 from trainer.config import BeamConfig, CatalogueConfig, TrainConfig
 
 
@@ -22,13 +23,20 @@ class ServeConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     threads: int = 2
 
 
+class StreamSettings(StreamConfig, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """The stream's section: the semantic values, and how long `ingest` waits for a source that has nothing to read."""
+
+    idle_ms: Positive = 5_000
+
+
 class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """Every section of the TOML file."""
 
     watch: WatchConfig = WatchConfig()
     history: HistoryConfig = HistoryConfig()
     session: SessionConfig = SessionConfig()
-    stream: StreamConfig = StreamConfig()
+    stream: StreamSettings = StreamSettings()
+    kafka: KafkaConfig = KafkaConfig()
     catalogue: CatalogueConfig = CatalogueConfig()
     train: TrainConfig = TrainConfig()
     beam: BeamConfig = BeamConfig()
@@ -37,7 +45,8 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     @property
     def semantics(self) -> Semantics:
         """The sections that decide what the stream computes."""
-        return Semantics(watch=self.watch, history=self.history, session=self.session, stream=self.stream)
+        stream = StreamConfig(**{field.name: getattr(self.stream, field.name) for field in msgspec.structs.fields(StreamConfig)})
+        return Semantics(watch=self.watch, history=self.history, session=self.session, stream=stream)
 
 
 def _parse_value(text: str) -> Any:
@@ -72,12 +81,18 @@ def explicit_settings(path: Path | None = None, settings: list[str] | None = Non
     return table
 
 
-def load_config(path: Path | None = None, settings: list[str] | None = None) -> Config:
-    """The configuration in force.
+def load_config(
+    path: Path | None = None, settings: list[str] | None = None, bootstrap: str | None = None
+) -> Config:
+    """The configuration in force; `bootstrap`, where given, wins over `kafka.bootstrap`.
 
     Raises UserError naming the key and the remedy for an unknown key, a wrong type or an impossible value.
     """
     table = explicit_settings(path, settings)
+    if bootstrap is not None:
+        kafka = table.setdefault("kafka", {})
+        if isinstance(kafka, dict):
+            kafka["bootstrap"] = bootstrap
     try:
         return msgspec.convert(table, Config)
     except msgspec.ValidationError as error:

@@ -20,6 +20,10 @@ SetOption = Annotated[
 ]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON for machines instead of text.")]
 StateOption = Annotated[Path, typer.Option("--state", help="Folder of the stream's state.")]
+BootstrapOption = Annotated[
+    str | None,
+    typer.Option("--bootstrap", help="Kafka brokers, host:port[,host:port]; default kafka.bootstrap.", show_default=False),
+]
 RunOption = Annotated[Path, typer.Option("--run", help="Folder of a training run.")]
 RepositoryOption = Annotated[Path, typer.Option("--repository", help="Folder of the Triton model repository.")]
 
