@@ -45,7 +45,8 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     @property
     def semantics(self) -> Semantics:
         """The sections that decide what the stream computes."""
-        stream = StreamConfig(**{field.name: getattr(self.stream, field.name) for field in msgspec.structs.fields(StreamConfig)})
+        names = StreamConfig.__struct_fields__
+        stream = StreamConfig(**{name: getattr(self.stream, name) for name in names})
         return Semantics(watch=self.watch, history=self.history, session=self.session, stream=stream)
 
 

@@ -104,7 +104,7 @@ def _secret(config: KafkaConfig, name: str) -> str:
         try:
             return Path(path).read_text(encoding="utf-8").strip()
         except OSError as error:
-            raise UserError(f"kafka.{name}_file {path}: {error.strerror}; name a readable file that holds the password") from None
+            raise UserError(f"kafka.{name}_file {path}: {error.strerror}; name a file that holds the password") from None
     return getattr(config, name) or _environment(name)
 
 
@@ -141,8 +141,10 @@ def security(config: KafkaConfig) -> Security:
         _value(config, "sasl_mechanism"),
         _value(config, "sasl_username"),
         _secret(config, "sasl_password"),
-        *(_value(config, name) for name in ("ssl_ca", "ssl_certificate", "ssl_key")),
-        key_password=_secret(config, "ssl_key_password"),
+        _value(config, "ssl_ca"),
+        _value(config, "ssl_certificate"),
+        _value(config, "ssl_key"),
+        _secret(config, "ssl_key_password"),
     )
     if protocol not in ("PLAINTEXT", "SSL", "SASL_PLAINTEXT", "SASL_SSL"):
         raise UserError(f"kafka.security_protocol {protocol!r}: one of PLAINTEXT, SSL, SASL_PLAINTEXT, SASL_SSL")

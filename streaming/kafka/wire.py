@@ -4,7 +4,8 @@
 of a partition without a hole, so that one lost on the way is seen. A time marker, or the end marker, is a message of its own.
 `sessions`: the JSON of SEMANTICS.md §9 and `position`; header `more` holds what training windows need and §9 does not show.
 `histories`: the pairs of column family `users` ("b" + user id, "l" + user id), and under "p" the progress they belong to.
-`progress`: "partition:<p>" → the same progress, "settings" → the semantic values of the whole log, "produce:<source>" → position.
+`progress`: "partition:<p>" → the same progress; "settings" → the semantic values of the whole log; "produce:<source>" → how far
+a file has been produced.
 """
 
 from __future__ import annotations
