@@ -89,6 +89,8 @@ class Core:
         self._max_users = max_users
         self._final: list[Session] = []
         self._sealed: list[Session] = []
+        self._dead: list[DeadLetter] = []
+        self._items: list[ItemRecord] = []
         self._by_request = semantics.session.by == "request"
         self._effective_ms = semantics.watch.effective_ms
         self._dedup_ms = semantics.stream.dedup_horizon_ms
@@ -122,20 +124,34 @@ class Core:
 
     def seeded(self) -> Changes:
         """The changes made by `seed` since the last call."""
-        return self._collect([], [])
+        return self._collect()
 
     def apply(self, records: Iterable[tuple[Any, bytes | Row]], now_ms: int | None = None) -> Changes:
-        """Applies a batch in order and returns all that it changed.
+        """Applies a batch in order and returns all that it changed: `feed`, then `changes`."""
+        self.feed(records, now_ms)
+        return self.changes()
 
-        `records` are (position, JSON line or Row); `now_ms` is the append time of the batch's log records (§1), by default
+    def changes(self) -> Changes:
+        """All that was changed since the last call, with the sessions that the watermark has made final."""
+        self._settle(self._wm)
+        return self._collect()
+
+    def advance(self, ts: int) -> None:
+        """A time marker: moves the watermark like an event of `ts`, and does nothing else (§3)."""
+        self._wm = max(self._wm, ts - self.semantics.stream.max_out_of_orderness_ms)
+
+    def feed(self, records: Iterable[tuple[Any, bytes | Row]], now_ms: int | None = None) -> None:
+        """Applies records in order; `changes` then tells what they changed.
+
+        `records` are (position, JSON line or Row); `now_ms` is the append time of their log records (§1), by default
         the wall clock. Never raises for bad input: it becomes a dead letter.
         """
         now = int(time.time() * 1000) if now_ms is None else now_ms
         max_ts = now + self.semantics.stream.future_ms
         ooo = self.semantics.stream.max_out_of_orderness_ms
         kinds, parse, event = KINDS, fast_decode, self._event
-        dead: list[DeadLetter] = []
-        items: list[ItemRecord] = []
+        dead, items = self._dead, self._items
+        refused = len(dead)
         results: list[Line | ItemRecord | Rejected]
         count = 0
         wm = self._wm
@@ -187,16 +203,14 @@ class Core:
                     reason = result.reason
                 dead.append(DeadLetter(position, source, reason))
         self.counters.events += count
-        self.counters.dead_letters += len(dead)
-        self._settle(self._wm)
-        return self._collect(dead, items)
+        self.counters.dead_letters += len(dead) - refused
 
     def flush(self, max_sessions: int = FLUSH_SESSIONS) -> Iterator[Changes]:
         """Makes all open sessions final as if the watermark were infinite; it stays (§5). Commit each part before the next."""
         while self._due:
             limit = heapq.nsmallest(max_sessions, self._due)[-1][0] + 1
             self._settle(limit)
-            changes = self._collect([], [])
+            changes = self._collect()
             if changes.users or changes.sessions:
                 yield changes
 
@@ -365,7 +379,7 @@ class Core:
             self._finalize(user_id, user, limit)
             self._touched[user_id] = user
 
-    def _collect(self, dead: list[DeadLetter], items: list[ItemRecord]) -> Changes:
+    def _collect(self) -> Changes:
         """Values of all touched users, and sessions in commit order; the cache is cut to its bound."""
         changed: dict[str, tuple[bytes | None, bytes | None]] = {}
         users = self._users
@@ -386,4 +400,6 @@ class Core:
                 del users[user_id]
         self._seal()
         sessions, self._sealed = self._sealed, []
+        dead, self._dead = self._dead, []
+        items, self._items = self._items, []
         return Changes(changed, sessions, dead, items)

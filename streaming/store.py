@@ -312,9 +312,60 @@ class Store(_Shared):
         progress.counters = core.counters
         progress.watermark = core.watermark
         progress.dimension = core.dimension
+        self._finish(batch, progress, positions)
+
+    def append(
+        self,
+        sessions: Iterable[Session],
+        positions: dict[str, dict[str, Any]],
+        *,
+        watermark: int | None,
+        items: list[ItemRecord] | None = None,
+    ) -> None:
+        """Writes sessions made elsewhere, with catalogue entries and source positions, in one WriteBatch.
+
+        The counters tell of sessions alone; `watermark` is the event time that the session log is now complete to.
+        """
+        batch = WriteBatch(raw_mode=True)
+        handle = self._database.db.get_column_family_handle
+        progress = msgspec.structs.replace(self._progress, watermark=watermark)
+        progress.counters = msgspec.structs.replace(progress.counters)
+        family = handle("sessions")
+        for session in sessions:
+            progress.session_sequence += 1
+            progress.counters.sessions += 1
+            progress.counters.high_quality += session.high_quality
+            batch.put(_SEQUENCE.pack(progress.session_sequence), encode_session(session), family)
+        for item in items or []:
+            if item.embedding is not None and progress.dimension is None:
+                progress.dimension = len(item.embedding)
+        self._put_items(batch, items or [], progress)
+        self._finish(batch, progress, positions)
+
+    def put_histories(
+        self,
+        pairs: Iterable[tuple[bytes, bytes | None]],
+        positions: dict[str, dict[str, Any]],
+        *,
+        watermark: int | None,
+        counters: Counters,
+    ) -> None:
+        """Writes pairs of column family `users` made elsewhere (None deletes), with source positions, in one WriteBatch."""
+        batch = WriteBatch(raw_mode=True)
+        family = self._database.db.get_column_family_handle("users")
+        for key, value in pairs:
+            if value is None:
+                batch.delete(key, family)
+            else:
+                batch.put(key, value, family)
+        self._finish(batch, msgspec.structs.replace(self._progress, watermark=watermark, counters=counters), positions)
+
+    def _finish(self, batch: WriteBatch, progress: Progress, positions: dict[str, dict[str, Any]]) -> None:
+        """Puts progress and positions into the batch and writes it."""
+        meta = self._database.db.get_column_family_handle("meta")
         for source, position in positions.items():
-            put(b"p" + source.encode(), msgspec.json.encode(position), meta)
-        put(b"progress", msgspec.json.encode(progress), meta)
+            batch.put(b"p" + source.encode(), msgspec.json.encode(position), meta)
+        batch.put(b"progress", msgspec.json.encode(progress), meta)
         self._write(batch)
         self._progress = progress
 
@@ -326,9 +377,7 @@ class Store(_Shared):
             if item.embedding is not None and progress.dimension is None:
                 progress.dimension = len(item.embedding)
         changed = self._put_items(batch, items, progress)
-        batch.put(b"progress", msgspec.json.encode(progress), self._database.db.get_column_family_handle("meta"))
-        self._write(batch)
-        self._progress = progress
+        self._finish(batch, progress, {})
         return changed
 
     def _put_items(self, batch: WriteBatch, items: list[ItemRecord], progress: Progress) -> int:
