@@ -17,20 +17,13 @@ from pathlib import Path
 from typing import Any, Final, Self
 
 import msgspec
-from rocksdict import (
-    AccessType,
-    BlockBasedOptions,
-    Cache,
-    DBCompressionType,
-    Options,
-    Rdict,
-    WriteBatch,
-)
+from rocksdict import AccessType, Rdict, WriteBatch
 
 from onerec.errors import Failure, OneRecError, UserError
 from streaming.changes import Changes, Counters, DeadLetter
 from streaming.core import Core
 from streaming.items import ItemRecord, decode_item, encode_item
+from streaming.rocks import WORKER, database_options, database_path, open_error, write_error
 from streaming.semantics import Semantics
 from streaming.sessions import Session, decode_session, encode_session
 from streaming.state import NEVER, decode_due, history_of, is_seen
@@ -51,32 +44,11 @@ class Progress(msgspec.Struct):
     dimension: int | None = None
 
 
-def _options(secondary: bool = False) -> Options:
-    options = Options(raw_mode=True)
-    options.create_if_missing(True)
-    options.create_missing_column_families(True)
-    options.set_max_background_jobs(2)
-    options.set_keep_log_file_num(2)
-    # Memory stays flat however long the log: one bound for all memtables, and index blocks inside the cache.
-    options.set_write_buffer_size(32 << 20)
-    options.set_db_write_buffer_size(96 << 20)
-    options.set_max_total_wal_size(256 << 20)
-    options.set_max_open_files(-1 if secondary else 512)
-    options.set_compression_type(DBCompressionType.lz4())
-    table = BlockBasedOptions()
-    table.set_block_cache(Cache(64 << 20))
-    table.set_bloom_filter(10, False)
-    table.set_cache_index_and_filter_blocks(True)
-    table.set_block_size(16 << 10)
-    options.set_block_based_table_factory(table)
-    return options
-
-
 class _Database:
     """Handles of the column families; `close` releases every one, without which RocksDB keeps its lock."""
 
     def __init__(self, path: Path, access: AccessType, *, secondary: bool) -> None:
-        options = _options(secondary)
+        options = database_options(secondary)
         self.db = Rdict(str(path), options, {name: options for name in FAMILIES}, access)
         self.users, self.sessions, self.items, self.meta = (self.db.get_column_family(name) for name in FAMILIES)
 
@@ -85,10 +57,6 @@ class _Database:
             if hasattr(self, name):
                 delattr(self, name)
         self.db.close()
-
-
-def _database_path(state: Path) -> Path:
-    return Path(state) / "db"
 
 
 def _scan(family: Rdict, prefix: bytes, start: bytes | None = None) -> Iterator[tuple[bytes, bytes]]:
@@ -103,7 +71,12 @@ def _scan(family: Rdict, prefix: bytes, start: bytes | None = None) -> Iterator[
 def _check_format(meta: Rdict, state: Path) -> None:
     found = meta.get(b"format")
     if found is None:
-        raise UserError(f"state {state}: {_database_path(state)} is not a state of onerec; give --state another folder")
+        raise UserError(f"state {state}: {database_path(state)} is not a state of onerec; give --state another folder")
+    if found.startswith(WORKER):
+        raise UserError(
+            f"state {state} is that of a stream worker, which others cannot read; `onerec histories-replica` keeps histories "
+            "to read, `onerec feed` sessions"
+        )
     if int(found) != FORMAT:
         raise UserError(
             f"state {state} has format {int(found)}, this version reads {FORMAT}; replay the log into a new folder"
@@ -206,7 +179,7 @@ class Store(_Shared):
 
     def __init__(self, state: Path | str, semantics: Semantics) -> None:
         self.state = Path(state)
-        path = _database_path(self.state)
+        path = database_path(self.state)
         fresh = not path.exists()
         if fresh and self.state.is_dir() and any(name not in ("db", "catalogue") for name in os.listdir(self.state)):
             raise UserError(f"state {self.state} holds other files and no state of onerec; give --state another folder")
@@ -219,23 +192,13 @@ class Store(_Shared):
         try:
             self._database = _Database(path, AccessType.read_write(), secondary=False)
         except Exception as error:
-            raise self._open_error(error) from None
+            raise open_error(self.state, error) from None
         try:
             self._begin(semantics)
         except OneRecError:
             self._database.close()
             raise
         self._progress = self.progress()
-
-    def _open_error(self, error: Exception) -> OneRecError:
-        if "lock" in str(error).lower():
-            return UserError(
-                f"state {self.state} is being written by another process (replay, run or stream); "
-                "stop that one, or give --state another folder"
-            )
-        if "Column family" in str(error) or "Invalid argument" in str(error):
-            return UserError(f"state {self.state}: a database of another program; give --state another folder")
-        return Failure(f"state {self.state} cannot be opened: {error}")
 
     def _begin(self, semantics: Semantics) -> None:
         meta = self._database.meta
@@ -406,19 +369,13 @@ class Store(_Shared):
         try:
             self._database.db.flush_wal(True)
         except Exception as error:
-            raise self._write_error(error) from None
+            raise write_error(self.state, error) from None
 
     def _write(self, batch: WriteBatch) -> None:
         try:
             self._database.db.write(batch)
         except Exception as error:
-            raise self._write_error(error) from None
-
-    def _write_error(self, error: Exception) -> Failure:
-        return Failure(
-            f"state {self.state}: the disk refused a write ({error}); the last batch is not stored, all before it is. "
-            "Free some space and run the same command again: it goes on from there"
-        )
+            raise write_error(self.state, error) from None
 
 
 class Reader(_Shared):
@@ -429,7 +386,7 @@ class Reader(_Shared):
 
     def __init__(self, state: Path | str) -> None:
         self.state = Path(state)
-        path = _database_path(self.state)
+        path = database_path(self.state)
         if not (path / "CURRENT").exists():
             raise UserError(f"state {self.state}: there is none; `onerec replay FILE --state {self.state}` makes it")
         self._own = tempfile.mkdtemp(prefix="onerec-reader-")
