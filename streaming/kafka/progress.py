@@ -111,8 +111,8 @@ def agree(config: KafkaConfig, semantics: Semantics) -> None:
         if log.partition_count != config.partitions:
             raise UserError(
                 f"the log {config.prefix!r} at {config.bootstrap} has {log.partition_count} partitions, kafka.partitions is "
-                f"{config.partitions}; the count is fixed, as a user's state lives in its partition. Use {log.partition_count}, "
-                "or replay the raw events into topics of a new kafka.prefix"
+                f"{config.partitions}; the count is fixed, as a user's state lives in its partition. Use {log.partition_count},"
+                " or replay the raw events into topics of a new kafka.prefix"
             )
         if log.settings != semantics:
             raise UserError(

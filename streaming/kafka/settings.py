@@ -17,6 +17,8 @@ ENVIRONMENT: Final = "ONEREC_KAFKA_"
 """Prefix of the environment variables that stand in for settings left out, such as ONEREC_KAFKA_SASL_PASSWORD."""
 MAX_MESSAGE_BYTES: Final = 2 << 20
 """Of a message: a line of the largest allowed size and its frame fit."""
+MAX_STATE_BYTES: Final = 16 << 20
+"""Of a changelog value: a user with stream.max_open_events open events whose ids are as long as they may be."""
 
 
 class KafkaConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -87,7 +89,10 @@ TOPICS: Final[dict[str, Topic]] = {
         Topic("items", True, {**_LARGE, "cleanup.policy": "delete", "retention.ms": _days(7)}),
         Topic("events", True, {**_LARGE, "cleanup.policy": "delete", "retention.ms": _days(7)}),
         Topic("sessions", True, {**_LARGE, "cleanup.policy": "delete", "retention.ms": _days(30)}),
-        Topic("histories", True, {**_COMPACT, "segment.bytes": str(128 << 20), "min.cleanable.dirty.ratio": "0.3"}),
+        Topic("histories", True, {
+            **_COMPACT, "max.message.bytes": str(MAX_STATE_BYTES), "segment.bytes": str(128 << 20),
+            "min.cleanable.dirty.ratio": "0.3",
+        }),
         Topic("catalogue", True, _COMPACT),
         Topic("progress", False, {**_COMPACT, "segment.bytes": str(16 << 20), "min.cleanable.dirty.ratio": "0.1"}),
         Topic("dead-letters", False, {**_LARGE, "cleanup.policy": "delete", "retention.ms": _days(30)}),
