@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import datetime
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Final
 
 from onerec.errors import UserError
-from streaming.events import BLANK, MIN_TS, Rejected, Row, item_from_mapping, parse_object, utf8_length
+from streaming.events import BLANK, MIN_TS, Line, Rejected, Row, item_from_mapping, parse_object, utf8_length
 from streaming.formats import detect, source_name
 from streaming.items import ItemRecord
-from streaming.sources import JsonLines, Position
-from streaming.streams import Tracked, first_line, open_stream
-from streaming.tables import Csv, Parquet
+from streaming.sources import Batch, JsonLines, Position, Source
+from streaming.streams import first_line, open_stream
+from streaming.tables import Csv, Parquet, Table
 
 BATCH: Final = 5_000
 BEIJING: Final = datetime.timezone(datetime.timedelta(hours=8))
@@ -26,7 +26,7 @@ def read_items(path: str, refused: list[tuple[int, str]], dimension: int | None)
     """
     batch: list[ItemRecord] = []
     count = 0
-    for number, item in _entries(path):
+    for number, item in _numbered(open_items(path, Position())):
         if isinstance(item, Rejected):
             refused.append((number, item.reason))
             continue
@@ -50,32 +50,72 @@ def read_items(path: str, refused: list[tuple[int, str]], dimension: int | None)
         raise UserError(f"{path} holds no catalogue entry{reason}")
 
 
-def _entries(path: str) -> Iterator[tuple[int, ItemRecord | Rejected]]:
+class ItemLines(Source):
+    """A catalogue of JSON lines as rows of one entry each."""
+
+    def __init__(self, source: JsonLines) -> None:
+        super().__init__(source.name, source.stream, source.start)
+        self._source = source
+
+    def batches(self, max_ts: Callable[[], int]) -> Iterator[Batch]:
+        """Blocks of lines; blank ones have no entry."""
+        for batch in self._source.batches(max_ts):
+            yield batch._replace(records=[raw if isinstance(raw, Row) else _line(raw) for raw in batch.records])
+
+
+class ItemTable(Source):
+    """A catalogue of named columns, KuaiRand's videos among them, as rows of one entry each."""
+
+    def __init__(self, table: Table, videos: bool) -> None:
+        super().__init__(table.name, table.stream, table.start)
+        self._table = table
+        self._entry = _video if videos else _row
+
+    def batches(self, max_ts: Callable[[], int]) -> Iterator[Batch]:
+        """Batches of 5,000 rows."""
+        number = 0
+        records: list[Row] = []
+        for raw, values in self._table.rows():
+            number += 1
+            if number <= self.start.records:
+                continue
+            records.append(Row(raw, [Rejected("bad_columns") if values is None else _entry(self._entry(values))]))
+            if len(records) >= BATCH:
+                yield Batch(number + 1 - len(records), records, self.stream.consumed)
+                records = []
+        if records:
+            yield Batch(number + 1 - len(records), records, self.stream.consumed)
+
+
+def open_items(path: str, start: Position) -> Source:
+    """The entries of a catalogue file after `start`. Raises UserError where it cannot be opened or has no column for the id."""
     stream = open_stream(path)
     kind = detect(path, first_line(stream))
+    name = source_name(path)
     if kind in ("jsonl", "seeds"):
-        yield from _json_entries(path, stream)
-        return
-    table = (Parquet if kind == "parquet" else Csv)(source_name(path), stream, Position(), {})
+        return ItemLines(JsonLines(name, stream, start))
+    table = (Parquet if kind == "parquet" else Csv)(name, stream, start, {})
     columns = set(table.columns())
     videos = {"video_id", "author_id", "video_duration", "tag"} <= columns
     if not videos and "item_id" not in columns:
         raise UserError(f"{path}: no column item_id; the columns are {', '.join(table.columns())}")
-    for number, (_, values) in enumerate(table.rows(), 1):
-        if values is None:
-            yield number, Rejected("bad_columns")
-        else:
-            yield number, _entry(_video(values) if videos else _row(values))
+    return ItemTable(table, videos)
 
 
-def _json_entries(path: str, stream: Tracked) -> Iterator[tuple[int, ItemRecord | Rejected]]:
-    for batch in JsonLines(source_name(path), stream, Position()).batches(lambda: 0):
-        for number, raw in enumerate(batch.records, batch.first):
-            if isinstance(raw, Row):
-                yield number, Rejected("too_long")
-            elif raw.strip(BLANK):
-                fields = parse_object(raw)
-                yield number, fields if isinstance(fields, Rejected) else _entry(fields)
+def _numbered(source: Source) -> Iterator[tuple[int, ItemRecord | Rejected]]:
+    for batch in source.batches(lambda: 0):
+        for number, row in enumerate(batch.records, batch.first):
+            if isinstance(row, Row):
+                for entry in row.events:
+                    if not isinstance(entry, Line):
+                        yield number, entry
+
+
+def _line(raw: bytes) -> Row:
+    if not raw.strip(BLANK):
+        return Row(raw, [], len(raw) + 1)
+    fields = parse_object(raw)
+    return Row(raw, [fields if isinstance(fields, Rejected) else _entry(fields)], len(raw) + 1)
 
 
 def _entry(fields: Mapping[str, Any]) -> ItemRecord | Rejected:

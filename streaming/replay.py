@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import gc
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any, Final, NamedTuple
 
 import msgspec
@@ -12,26 +11,18 @@ import msgspec
 from onerec.errors import UserError
 from streaming.changes import Changes, Counters, DeadLetter
 from streaming.core import Core
-from streaming.events import BLANK, Line, Rejected, Row, decode
+from streaming.cursors import Clock, Cursor, Pace, next_cursor, size_of
+from streaming.events import Rejected, Row
 from streaming.formats import open_source, source_name
 from streaming.seeds import Seeds
 from streaming.sources import Position, Source
 from streaming.store import Store
 
-PACE_SECONDS: Final = 0.2
 MERGE_RECORDS: Final = 20_000
 MERGE_BYTES: Final = 8 << 20
 SEED_USERS: Final = 5_000
 
 Record = tuple[Any, bytes | Row]
-
-
-class Clock(NamedTuple):
-    """Time as the replay sees it; tests pass their own."""
-
-    wall_ms: Callable[[], int] = lambda: time.time_ns() // 1_000_000
-    monotonic: Callable[[], float] = time.monotonic
-    sleep: Callable[[float], None] = time.sleep
 
 
 class Step(NamedTuple):
@@ -40,62 +31,6 @@ class Step(NamedTuple):
     counters: Counters
     watermark: int | None
     fraction: float | None
-
-
-class Head(NamedTuple):
-    """The next record of a source in a merge: its time (None: no valid event, taken at once), and where it ends."""
-
-    ts: int | None
-    record: tuple[int, Row]
-    records: int
-    bytes: int
-
-
-def _size(raw: bytes | Row) -> int:
-    """Bytes of the source that a record takes, a line's feed included."""
-    return raw.size if isinstance(raw, Row) else len(raw) + 1
-
-
-class _Cursor:
-    """One source of a merge, record by record."""
-
-    def __init__(self, source: Source, max_ts: Callable[[], int]) -> None:
-        self.source = source
-        self._taken: Head | None = None
-        self._heads = self._read(max_ts)
-        self.head = next(self._heads, None)
-
-    def _read(self, max_ts: Callable[[], int]) -> Iterator[Head]:
-        done = 0
-        for batch in self.source.batches(max_ts):
-            # Bytes are counted from the batch's end, so that a byte-order mark or a missing last line feed is no matter.
-            sizes = [_size(raw) for raw in batch.records]
-            done = batch.bytes_after - sum(sizes)
-            for number, (raw, size) in enumerate(zip(batch.records, sizes, strict=True), batch.first):
-                done = min(done + size, batch.bytes_after)
-                if isinstance(raw, Row):
-                    row = raw
-                elif raw.strip(BLANK):
-                    row = Row(raw, [decode(raw, max_ts())])
-                else:
-                    row = Row(raw, [])
-                ts = next((event.ts for event in row.events if isinstance(event, Line)), None)
-                yield Head(ts, (number, row), number, done)
-
-    def take(self) -> Head:
-        """The head, and moves on."""
-        head = self.head
-        if head is None:
-            raise StopIteration
-        self._taken = head
-        self.head = next(self._heads, None)
-        return head
-
-    def position(self) -> Position:
-        """Where the records taken so far end; made for a commit only, as it hashes the source's beginning."""
-        if self._taken is None:
-            return self.source.start
-        return self.source.position(self._taken.records, self._taken.bytes)
 
 
 class Replay:
@@ -178,23 +113,23 @@ class Replay:
         for batch in source.batches(self._max_ts):
             records, name = batch.records, source.name
             size = self._max_batch or len(records)
-            left = 0 if size >= len(records) else sum(map(_size, records))
+            left = 0 if size >= len(records) else sum(map(size_of, records))
             for i in range(0, len(records), size):
                 # Lazily numbered: a list of pairs would cost a twentieth of the whole.
                 part = records[i : i + size] if size < len(records) else records
                 changes = self._core.apply(enumerate(part, batch.first + i), self._clock.wall_ms())
-                left -= sum(map(_size, part)) if left else 0
+                left -= sum(map(size_of, part)) if left else 0
                 position = source.position(batch.first + i + len(part) - 1, batch.bytes_after - left)
                 self._commit(_named(changes, name), {name: position})
 
     def _merged(self, sources: list[Source]) -> None:
         """Several sources by event time, or one at a pace."""
-        cursors = [_Cursor(source, self._max_ts) for source in sources]
-        pace = _Pace(self._speed, self._clock) if self._speed is not None else None
+        cursors = [Cursor(source, self._max_ts) for source in sources]
+        pace = Pace(self._speed, self._clock) if self._speed is not None else None
         records: list[Record] = []
         size = 0
         while True:
-            cursor = _next_cursor(cursors)
+            cursor = next_cursor(cursors)
             head = cursor.head if cursor else None
             ready = head is None or pace is None or head.ts is None or pace.due(head.ts)
             full = len(records) >= (self._max_batch or MERGE_RECORDS) or size >= MERGE_BYTES
@@ -231,43 +166,6 @@ class Replay:
         self._core.counters.dead_letters += len(dead)
         changes.dead_letters += dead
         self._commit(changes, {source.name: source.position(number, 0)})
-
-
-class _Pace:
-    """Log time against wall time: `speed` seconds of the log a second, from the first event on."""
-
-    def __init__(self, speed: float, clock: Clock) -> None:
-        self._speed = speed
-        self._clock = clock
-        self._first: tuple[int, float] | None = None
-
-    def _when(self, ts: int) -> float:
-        if self._first is None:
-            self._first = (ts, self._clock.monotonic())
-        return self._first[1] + (ts - self._first[0]) / 1000 / self._speed
-
-    def due(self, ts: int) -> bool:
-        """Whether an event of this time may be applied now."""
-        return self._when(ts) <= self._clock.monotonic()
-
-    def wait(self, ts: int) -> None:
-        """Sleeps until it may, and at least a tick, so that commits stay few."""
-        while (left := self._when(ts) - self._clock.monotonic()) > 0:
-            self._clock.sleep(max(PACE_SECONDS, min(left, 1.0)))
-
-
-def _next_cursor(cursors: list[_Cursor]) -> _Cursor | None:
-    """The source whose turn it is: one with no valid event at its head, else the smallest time, ties in order."""
-    best: _Cursor | None = None
-    for cursor in cursors:
-        head = cursor.head
-        if head is None:
-            continue
-        if head.ts is None:
-            return cursor
-        if best is None or best.head is None or (best.head.ts is not None and head.ts < best.head.ts):
-            best = cursor
-    return best
 
 
 def _named(changes: Changes, name: str) -> Changes:

@@ -48,7 +48,7 @@ class Source:
         if start.head_bytes and stream.head(start.head_bytes) != (start.head, start.head_bytes):
             raise UserError(
                 f"{name} is not the file that was replayed under this name before: its beginning differs. "
-                "Give the new file a name of its own, or --state another folder"
+                "Give the new file a name of its own, or --state another folder (for Kafka, another kafka.prefix)"
             )
 
     def batches(self, max_ts: Callable[[], int]) -> Iterator[Batch]:
@@ -76,7 +76,7 @@ class JsonLines(Source):
             if not data:
                 raise UserError(
                     f"{self.name} is shorter than what was applied of it ({self.start.bytes:,} bytes); "
-                    "give the whole file under this name, or --state another folder"
+                    "give the whole file under this name, or --state another folder (for Kafka, another kafka.prefix)"
                 )
             skip -= len(data)
         carry, checked = b"", skip == 0 and offset > 0
