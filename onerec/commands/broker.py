@@ -110,7 +110,7 @@ def topics(
 
 def _print_topics(states: list[State]) -> None:
     table = Table()
-    for heading in ("topic", "partitions", "copies", "cleanup", "retention", "largest", "state"):
+    for heading in ("topic", "partitions", "copies", "cleanup", "kept", "largest", "state"):
         table.add_column(heading, no_wrap=True)
     for state in states:
         retention = state.settings.get("retention.ms")

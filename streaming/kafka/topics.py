@@ -45,8 +45,9 @@ def admin(config: KafkaConfig, seconds: float = REACH_SECONDS) -> AdminClient:
     from confluent_kafka.admin import AdminClient
 
     said: list[KafkaError] = []
+    table: dict[str, Any] = {**client(config), "log_level": 0, "error_cb": said.append}
     try:
-        found = AdminClient({**client(config), "log_level": 0, "error_cb": said.append})
+        found = AdminClient(table)
     except KafkaException as error:
         raise _refused(config, error.args[0]) from None
     deadline = time.monotonic() + seconds
@@ -133,7 +134,7 @@ def _state(config: KafkaConfig, topic: Topic, found: TopicMetadata | None) -> St
 
 def _wrong_count(config: KafkaConfig, topic: Topic, count: int) -> str:
     if not topic.by_user:
-        return f"{count} partitions where it takes 1; delete it and run `onerec topics --create`, or choose another kafka.prefix"
+        return f"{count} partitions where it takes 1; delete it and run `onerec topics --create`, or set another kafka.prefix"
     return (
         f"{count} partitions where kafka.partitions is {config.partitions}; if the log was made with {count}, set "
         f"kafka.partitions={count}. To change the number, set a new kafka.prefix, run `onerec topics --create` and replay the "
@@ -241,7 +242,9 @@ def topic_ids(config: KafkaConfig, names: Iterable[str]) -> dict[str, str]:
     from confluent_kafka import TopicCollection
 
     names = list(names)
-    found = admin(config).describe_topics(TopicCollection([config.named(name) for name in names]))
+    connected = admin(config)
+    # A client that is let go takes its answers with it.
+    found = connected.describe_topics(TopicCollection([config.named(name) for name in names]))
     return {
         name: str(_done(config, found[config.named(name)], f"topic {config.named(name)}").topic_id) for name in names
     }
@@ -253,6 +256,8 @@ def _done(config: KafkaConfig, future: Future[Any], what: str, ignore: str = "")
 
     try:
         return future.result(timeout=60)
+    except TimeoutError:
+        raise Failure(f"{what}: no answer from Kafka at {config.bootstrap} in a minute; is the cluster whole?") from None
     except KafkaException as error:
         fault = error.args[0]
     name, said = fault.name(), fault.str()

@@ -51,6 +51,7 @@ def cluster(broker: Broker) -> Iterator[Callable[..., KafkaConfig]]:
     yield make
     for config in made:
         with suppress(OneRecError):
-            for name, future in topics.admin(config).delete_topics([config.named(name) for name in TOPICS]).items():
+            admin = topics.admin(config)
+            for name, future in admin.delete_topics([config.named(name) for name in TOPICS]).items():
                 if error := future.exception(timeout=30):
                     logging.getLogger(__name__).info("topic %s: %s", name, error)
