@@ -113,7 +113,8 @@ def produce(
         return
     out.print(
         f"{summary['lines']:,} lines: {summary['watch']:,} into watch, {summary['interactions']:,} into interactions, "
-        f"{summary['items']:,} into items; {summary['seconds']:.1f} s, {summary['lines_per_second']:,.0f} lines/s"
+        f"{summary['items']:,} into items; {summary['seconds']:.1f} s, {summary['lines_per_second']:,.0f} lines/s",
+        soft_wrap=True,
     )
     if summary["invalid"]:
         out.print(f"{summary['invalid']:,} of them are no valid events; `onerec ingest` puts them among the dead letters")

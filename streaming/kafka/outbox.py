@@ -9,18 +9,19 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, Final, NamedTuple, Self
 
 from confluent_kafka import IsolationLevel, KafkaError, KafkaException, Producer, TopicPartition
-from confluent_kafka.admin import AdminClient, OffsetSpec
+from confluent_kafka.admin import OffsetSpec
 
-from onerec.errors import Failure, UserError
+from onerec.errors import Failure
 from streaming.kafka import codes, settings
 from streaming.kafka.progress import TOPIC as PROGRESS
-from streaming.kafka.settings import MAX_MESSAGE_BYTES, TOPICS, KafkaConfig
+from streaming.kafka.settings import MAX_MESSAGE_BYTES, KafkaConfig
+from streaming.kafka.topics import admin, require
 
 PACK_BYTES: Final = 256 << 10
 """Of a message of several lines; one longer line goes alone."""
 CUT_BYTES: Final = MAX_MESSAGE_BYTES - (64 << 10)
 """What is kept of a line that no message can hold; it stays too long for a line (§1), and so a dead letter."""
-CONNECT_SECONDS: Final = 15.0
+TOUCHED: Final = ("watch", "interactions", "items", PROGRESS)
 ATTEMPTS: Final = 5
 
 Message = dict[str, Any]
@@ -37,20 +38,16 @@ class Outbox:
     """A transactional producer that writes whole transactions, one in flight while the next is gathered.
 
     `pack` lines of one partition go into one message. Opening it fences whoever used the transactional id before, and ends what
-    he had begun. Raises UserError for a topic that is missing or has another partition count, and for refused credentials;
-    Failure where no broker answers.
+    he had begun. Raises UserError as `topics.require`, Failure where no transaction can be begun.
     """
 
     def __init__(self, config: KafkaConfig, transactional_id: str, pack: int = 1) -> None:
         self._config = config
         self._pack = pack
-        self._errors: list[KafkaError] = []
-        self._producer = Producer(
-            settings.producer(config, transactional_id=config.named(transactional_id)) | {"error_cb": self._errors.append}
-        )
+        require(config, TOUCHED)
+        self._producer = Producer(settings.producer(config, transactional_id=config.named(transactional_id)))
         self._fresh()
         self._flying: Future[None] | None = None
-        self._check_topics()
         try:
             self._producer.init_transactions(60.0)
         except KafkaException as error:
@@ -149,37 +146,9 @@ class Outbox:
                 if not error.args[0].retriable():
                     raise
 
-    def _check_topics(self) -> None:
-        deadline = time.monotonic() + CONNECT_SECONDS
-        while True:
-            try:
-                found = self._producer.list_topics(timeout=2.0).topics
-                break
-            except KafkaException as error:
-                self._producer.poll(0)
-                refused = next((e for e in self._errors if e.code() == codes.AUTHENTICATION), None)
-                if refused is not None:
-                    raise UserError(
-                        f"Kafka at {self._config.bootstrap} refuses the credentials: {refused.str()}; check kafka.sasl_* and "
-                        "kafka.security_protocol"
-                    ) from None
-                if time.monotonic() > deadline:
-                    raise self._failure("no broker answers", error) from None
-        for topic in TOPICS.values():
-            if topic.name in ("watch", "interactions", "items", PROGRESS, "dead-letters"):
-                name, wanted = self._config.named(topic.name), self._config.partitions if topic.by_user else 1
-                if name not in found:
-                    raise UserError(
-                        f"Kafka at {self._config.bootstrap} has no topic {name}; make it with `onerec topics --create`"
-                    )
-                if len(found[name].partitions) != wanted:
-                    raise UserError(
-                        f"topic {name} has {len(found[name].partitions)} partitions, {wanted} are expected; set "
-                        "kafka.partitions to what the log was made with, or use another kafka.prefix"
-                    )
-
     def _failure(self, what: str, error: KafkaException) -> Failure:
-        return Failure(f"Kafka at {self._config.bootstrap}: {what}: {error.args[0].str()}; is it up, and the address right?")
+        said = error.args[0].str()
+        return Failure(f"Kafka at {self._config.bootstrap}: {what}: {said}; the same command goes on from what is committed")
 
     def close(self) -> None:
         """Gives up what is not committed."""
@@ -219,15 +188,22 @@ def wait_decided(config: KafkaConfig) -> None:
 
     One that a killed process left is aborted by the broker after kafka.transaction_timeout_ms. Raises Failure beyond that.
     """
-    admin = AdminClient(settings.client(config))
+    asked = admin(config)
     where = TopicPartition(config.named(PROGRESS), 0)
+    deadline = time.monotonic() + config.transaction_timeout_ms / 1000 + 30
 
     def end(level: IsolationLevel) -> int:
-        future = admin.list_offsets({where: OffsetSpec.latest()}, isolation_level=level, request_timeout=10.0)[where]
-        return int(future.result().offset)
+        while True:
+            future = asked.list_offsets({where: OffsetSpec.latest()}, isolation_level=level, request_timeout=10.0)[where]
+            try:
+                return int(future.result().offset)
+            except KafkaException as error:
+                # A topic just made has no leader for a moment.
+                if error.args[0].code() not in codes.AWAY or time.monotonic() > deadline:
+                    raise Failure(f"topic {where.topic}: {error.args[0].str()}; look at the broker's log") from None
+            time.sleep(0.1)
 
     wanted = end(IsolationLevel.READ_UNCOMMITTED)
-    deadline = time.monotonic() + config.transaction_timeout_ms / 1000 + 30
     while end(IsolationLevel.READ_COMMITTED) < wanted:
         if time.monotonic() > deadline:
             raise Failure(f"topic {where.topic}: a transaction stays open beyond its timeout; what holds it?")
