@@ -1,0 +1,192 @@
+"""Partitions of a topic from explicit offsets, without a group: what session logs and serving hosts are fed by."""
+
+from __future__ import annotations
+
+import time
+import types
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple, Self
+
+from confluent_kafka import Consumer, KafkaException, TopicPartition
+
+from onerec.errors import Failure, UserError
+from streaming.kafka import codes, settings
+from streaming.kafka.settings import KafkaConfig
+
+ANSWER_SECONDS = 30.0
+"""How long the broker may take to say where a log begins and ends."""
+
+
+class Bounds(NamedTuple):
+    """Offsets of the first record that a partition has and of the next committed one."""
+
+    low: int
+    high: int
+
+
+class Tail:
+    """Reads committed records of one topic's partitions, each from the offset given, or from its beginning.
+
+    `offsets`: partition → where to go on: behind the newest record read, and at the end of the log once that was reached
+    (records of transactions are in between). `forgotten`: partition → (offset wanted, first offset that there is), where
+    Kafka had deleted what was next; reading has gone on at the latter.
+
+    Raises UserError where access is refused, Failure where the log ends before the offset given, or was deleted.
+    """
+
+    def __init__(self, config: KafkaConfig, topic: str, offsets: Mapping[int, int | None]) -> None:
+        self.topic = config.named(topic)
+        self.offsets: dict[int, int] = {}
+        self.forgotten: dict[int, tuple[int, int]] = {}
+        self._ends: set[int] = set()
+        self._fault: Any = None
+        self._bootstrap = config.bootstrap
+        table = settings.consumer(config, group_id=config.named(f"tail-{topic}"), enable_partition_eof=True)
+        self._consumer = Consumer({**table, "error_cb": self._heard})
+        try:
+            for partition, offset in offsets.items():
+                self.offsets[partition] = self._start(partition, offset)
+        except BaseException:
+            self._consumer.close()
+            raise
+        self._consumer.assign([TopicPartition(self.topic, p, offset) for p, offset in self.offsets.items()])
+
+    def _heard(self, error: Any) -> None:
+        """What concerns the whole client: a refused credential is for good, a broker away is not."""
+        if error.fatal() or error.code() == codes.AUTHENTICATION:
+            self._fault = error
+
+    def bounds(self, partition: int) -> Bounds:
+        """Where a partition begins and ends now, as the broker says."""
+        place = TopicPartition(self.topic, partition)
+        try:
+            return Bounds(*self._consumer.get_watermark_offsets(place, timeout=ANSWER_SECONDS))
+        except KafkaException as error:
+            raise Failure(f"topic {self.topic}, partition {partition}: {error.args[0].str()}") from None
+
+    def _start(self, partition: int, offset: int | None) -> int:
+        low, high = self.bounds(partition)
+        if offset is None or offset < low:
+            if offset is not None:
+                self.forgotten[partition] = (offset, low)
+            return low
+        if offset > high:
+            raise Failure(
+                f"topic {self.topic}, partition {partition} ends at offset {high}, but it has been read up to {offset}: the "
+                "cluster has lost records that it had confirmed. Go on with what is left in an empty --state folder"
+            )
+        return offset
+
+    def read(self, most: int, seconds: float) -> list[Any]:
+        """At most `most` records in offset order within their partition, after at most `seconds`."""
+        messages = self._consumer.consume(most, seconds)
+        found = []
+        offsets, ends = self.offsets, self._ends
+        for message in messages:
+            error = message.error()
+            if error is None:
+                partition: Any = message.partition()
+                offset: Any = message.offset()
+                offsets[partition] = offset + 1
+                ends.discard(partition)
+                found.append(message)
+            else:
+                self._note(message, error)
+        self._raise_fault()
+        return found
+
+    def _note(self, message: Any, error: Any) -> None:
+        partition = message.partition()
+        if error.code() == codes.END_OF_PARTITION:
+            self._ends.add(partition)
+            # Behind the last record lie the marks of transactions, which only the end tells of.
+            self.offsets[partition] = max(self.offsets[partition], message.offset())
+        elif error.code() == codes.FORGOTTEN:
+            wanted = self.offsets[partition]
+            self.offsets[partition] = self._start(partition, wanted)
+            self._consumer.seek(TopicPartition(self.topic, partition, self.offsets[partition]))
+        elif error.code() in codes.NO_TOPIC:
+            raise Failure(
+                f"topic {self.topic}, partition {partition} is gone ({error.str()}): it was deleted while it was read. Make it "
+                "again with `onerec topics --create`, and go on in an empty --state folder"
+            )
+        elif error.code() not in codes.AWAY and not error.retriable():
+            raise Failure(f"topic {self.topic}, partition {partition}: {error.str()}; `onerec topics` says what is wrong")
+
+    def _raise_fault(self) -> None:
+        if self._fault is not None:
+            raise UserError(
+                f"kafka at {self._bootstrap} refuses us: {self._fault.str()}; check kafka.sasl_* and kafka.ssl_*, or "
+                f"{settings.ENVIRONMENT}* in the environment"
+            )
+
+    def hold(self, partitions: Iterable[int]) -> None:
+        """Reads no more of these partitions for now."""
+        self._consumer.pause([TopicPartition(self.topic, partition) for partition in partitions])
+
+    def go_on(self, partitions: Iterable[int]) -> None:
+        """Reads these partitions again."""
+        self._consumer.resume([TopicPartition(self.topic, partition) for partition in partitions])
+
+    def at_end(self) -> bool:
+        """Whether nothing was left to read in any partition, as far as is known here."""
+        return len(self._ends) == len(self.offsets)
+
+    def complete(self) -> bool:
+        """Whether nothing is left to read in any partition, as the broker says when asked now."""
+        return self.at_end() and all(self.bounds(p).high <= offset for p, offset in self.offsets.items())
+
+    def behind(self) -> int:
+        """Offsets between here and the ends of the logs as last heard of; 0 once they were read to their ends."""
+        total = 0
+        for partition in self.offsets.keys() - self._ends:
+            _, high = self._consumer.get_watermark_offsets(TopicPartition(self.topic, partition), cached=True)
+            total += max(0, high - self.offsets[partition])
+        return total
+
+    def close(self) -> None:
+        """Leaves the broker."""
+        self._consumer.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: types.TracebackType | None
+    ) -> None:
+        self.close()
+
+
+def same_topic(topic: str, state: Path, position: Mapping[str, Any], topic_id: str) -> None:
+    """Raises UserError where a stored position belongs to an earlier topic of the same name."""
+    if position and position["topic"] != topic_id:
+        raise UserError(
+            f"topic {topic} was deleted and made anew since state {state} read from it, so its offsets mean something "
+            "else now; give --state an empty folder, or a kafka.prefix whose topics it was read from"
+        )
+
+
+class Delay:
+    """How old records are when they are stored, in ms; `of` a record is its broker's or producer's time."""
+
+    def __init__(self) -> None:
+        self.newest: int | None = None
+        """Time of the newest record stored, ms."""
+        self._recent: list[int] = []
+
+    def stored(self, oldest: int, newest: int) -> None:
+        """Takes note of a batch just stored, by the times of its oldest and newest record."""
+        self.newest = newest
+        self._recent.append(int(time.time() * 1000) - oldest)
+        del self._recent[:-1_000]
+
+    def lag_ms(self, *, at_end: bool) -> int | None:
+        """Age of what is stored: 0 where nothing is left to read, None before the first record."""
+        if at_end:
+            return 0
+        return None if self.newest is None else max(0, int(time.time() * 1000) - self.newest)
+
+    def p95_ms(self) -> int | None:
+        """95 % of the last thousand batches were stored within so many ms of their oldest record."""
+        return sorted(self._recent)[len(self._recent) * 95 // 100] if self._recent else None
