@@ -1,0 +1,62 @@
+"""Kafka figures: throughput beside Faust tables and Quix Streams, latency, soak and recovery, each on a real broker.
+
+    python -m benchmarks.kafka throughput --out throughput.json    # produce, ingest, stream, two workers, peers, bare machine
+    python -m benchmarks.kafka latency --out latency.json          # event → history and event → session at 20,000 events/s
+    python -m benchmarks.kafka soak --out soak.json --plot docs/kafka-soak.png   # 10 million events, a stall of 60 s in it
+    python -m benchmarks.kafka recovery --out recovery.json        # a wiped disk caught up from the changelog
+
+Each starts a broker of its own, unless --bootstrap names one, prints a table and, with --out, writes JSON. Figures of the same
+command belong together: ratios hold on other machines, absolute ones do not.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+import tempfile
+from pathlib import Path
+
+from benchmarks import kafka_throughput
+from benchmarks.kafka_tools import Cluster, broker, family
+
+PARTS = {"throughput": kafka_throughput}
+
+
+def main() -> None:
+    """Parses, measures, prints."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = parser.add_subparsers(dest="command", required=True)
+    for name, part in PARTS.items():
+        command = commands.add_parser(name, help=(part.__doc__ or "").splitlines()[0])
+        command.add_argument("--bootstrap", help="an existing broker instead of one of our own")
+        command.add_argument("--partitions", type=int, default=4)
+        command.add_argument("--work", type=Path, help="folder for logs and states, kept; default: a temporary one")
+        command.add_argument("--out", type=Path, help="also write the figures there, as JSON")
+        part.arguments(command)
+    bare = commands.add_parser("bare", help=argparse.SUPPRESS)
+    for option in ("--bootstrap", "--prefix", "--state"):
+        bare.add_argument(option, required=True)
+    for option in ("--partitions", "--events"):
+        bare.add_argument(option, type=int, required=True)
+    options = parser.parse_args()
+    if options.command == "bare":
+        cluster = Cluster(options.bootstrap, options.prefix, options.partitions)
+        kafka_throughput.bare(cluster, Path(options.state), options.events)
+        return
+    part = PARTS[options.command]
+    folder = options.work or Path(tempfile.mkdtemp(prefix="onerec-bench-"))
+    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        with broker(folder, options.bootstrap) as (bootstrap, process):
+            result = part.measure(options, folder, bootstrap, family(process.pid) if process else [])
+        part.show(result)
+        if options.out:
+            options.out.write_text(json.dumps(result, indent=1) + "\n")
+    finally:
+        if not options.work:
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+if __name__ == "__main__":
+    main()
