@@ -38,6 +38,8 @@ class KafkaConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     linger_ms: Annotated[int, Meta(ge=0)] = 50
     """How long `ingest` and `stream` gather before they commit; bounds their latency."""
     session_timeout_ms: Annotated[int, Meta(ge=1_000)] = 6_000
+    group_protocol: Literal["classic", "consumer"] = "classic"
+    """Of consumer groups: `consumer` is KIP-848's, whose timeouts are the broker's; Faust knows only the classic one."""
     transaction_timeout_ms: Annotated[int, Meta(ge=1_000)] = 60_000
     stall_seconds: Positive = 30
     """`stream` leaves with an error when there is lag and nothing moved for so long."""
@@ -206,6 +208,16 @@ def consumer(config: KafkaConfig, **settings: Any) -> dict[str, Any]:
             **settings,
         },
     )
+
+
+def member(config: KafkaConfig, group: str, **settings: Any) -> dict[str, Any]:
+    """Settings of a member of a consumer group, whose partitions come and go one by one. `group` has the prefix already."""
+    table = consumer(config, group_id=group, **settings)
+    if config.group_protocol == "consumer":
+        for name in ("session.timeout.ms", "heartbeat.interval.ms"):
+            del table[name]
+        return table | {"group.protocol": "consumer"}
+    return table | {"partition.assignment.strategy": "cooperative-sticky"}
 
 
 def producer(config: KafkaConfig, **settings: Any) -> dict[str, Any]:

@@ -1,0 +1,118 @@
+"""Where the partitions of `events` begin and end for a reader of committed records, asked from the broker in a thread.
+
+An engine cannot tell by itself: a client that stopped fetching knows no new end, and after the last event of a transaction
+comes its marker, so that the end lies one offset behind the last message although nothing is left to read.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable
+from typing import Final
+
+from confluent_kafka import Consumer, IsolationLevel, KafkaException, TopicPartition
+from confluent_kafka.admin import AdminClient, OffsetSpec
+
+from onerec.errors import Failure
+from streaming.kafka import codes, settings
+from streaming.kafka.settings import KafkaConfig
+
+SECONDS: Final = 1.0
+"""Between two questions to the broker."""
+ANSWER_SECONDS: Final = 10.0
+PROBE_SECONDS: Final = 5.0
+
+
+class LogEnds:
+    """`positions()` gives the next offset to read of every partition that is of interest; ends are as of `answered_at`."""
+
+    def __init__(self, config: KafkaConfig, positions: Callable[[], dict[int, int]]) -> None:
+        self._topic = config.named("events")
+        self._positions = positions
+        self._admin = AdminClient({**settings.client(config), "log_level": 0})
+        self._reader = Consumer(
+            settings.consumer(
+                config, group_id=config.named("stream-ends"), enable_partition_eof=True,
+                queued_max_messages_kbytes=4_096, fetch_message_max_bytes=65_536,
+            )
+            | {"log_level": 0}
+        )
+        self._ends: dict[int, int] = {}
+        self._looked: dict[int, tuple[int, int]] = {}
+        self._empty: dict[int, tuple[int, int]] = {}
+        self._before: dict[int, int] = {}
+        self.answered_at = 0.0
+        """Monotonic time of the broker's last answer; 0 before the first."""
+        self._stopping = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="log-ends", daemon=True)
+        self._thread.start()
+
+    def lag(self, partition: int, position: int) -> int | None:
+        """Offsets between the next to read and the end, 0 where no message lies in between; None while the end is unknown."""
+        end = self._ends.get(partition)
+        if end is None:
+            return None
+        return 0 if self._empty.get(partition) == (position, end) else max(0, end - position)
+
+    def first(self, partitions: list[int]) -> dict[int, int]:
+        """The oldest offset that Kafka still has. Raises Failure if the broker does not answer."""
+        return self._ask(partitions, OffsetSpec.earliest())
+
+    def end(self, partitions: list[int]) -> dict[int, int]:
+        """The end as of now. Raises Failure if the broker does not answer."""
+        return self._ask(partitions, OffsetSpec.latest())
+
+    def close(self) -> None:
+        """Ends the thread and leaves the broker."""
+        self._stopping.set()
+        self._thread.join(PROBE_SECONDS + ANSWER_SECONDS)
+        if not self._thread.is_alive():
+            self._reader.close()
+
+    def _ask(self, partitions: list[int], which: OffsetSpec) -> dict[int, int]:
+        wanted = {TopicPartition(self._topic, partition): which for partition in partitions}
+        if not wanted:
+            return {}
+        try:
+            found = self._admin.list_offsets(
+                wanted, isolation_level=IsolationLevel.READ_COMMITTED, request_timeout=ANSWER_SECONDS
+            )
+            return {place.partition: future.result(ANSWER_SECONDS + 1).offset for place, future in found.items()}
+        except (KafkaException, TimeoutError) as error:
+            raise Failure(f"topic {self._topic}: the broker does not say where it begins and ends ({error})") from None
+
+    def _run(self) -> None:
+        while not self._stopping.wait(SECONDS):
+            positions = self._positions()
+            try:
+                ends = self._ask(list(positions), OffsetSpec.latest())
+            except Failure:
+                continue
+            self._ends = ends
+            self.answered_at = time.monotonic()
+            # Those that did not move since the last question: does anything lie between position and end?
+            still = {
+                partition: (position, ends[partition]) for partition, position in positions.items()
+                if position < ends[partition] and self._before.get(partition) == position
+            }
+            self._before = positions
+            asked = {partition: span for partition, span in still.items() if self._looked.get(partition) != span}
+            if asked:
+                self._probe(asked)
+
+    def _probe(self, spans: dict[int, tuple[int, int]]) -> None:
+        left = dict(spans)
+        self._reader.assign([TopicPartition(self._topic, partition, span[0]) for partition, span in spans.items()])
+        deadline = time.monotonic() + PROBE_SECONDS
+        while left and time.monotonic() < deadline and not self._stopping.is_set():
+            for message in self._reader.consume(100, 0.1):
+                partition, error = message.partition(), message.error()
+                span = left.get(-1 if partition is None else partition)
+                if span is None or partition is None:
+                    continue
+                if error is None:
+                    self._looked[partition] = left.pop(partition)
+                elif error.code() == codes.END_OF_PARTITION and (message.offset() or 0) >= span[1]:
+                    self._empty[partition] = self._looked[partition] = left.pop(partition)
+        self._reader.unassign()
