@@ -18,7 +18,9 @@ app = typer.Typer(
     help="Event logs in, sessions of videos out of Triton, learning without end.",
 )
 
-COMMAND_MODULES = ("simulate", "stream", "items", "train", "publish", "serve", "run", "broker", "produce", "worker", "feed")
+COMMAND_MODULES = (
+    "simulate", "stream", "items", "train", "publish", "serve", "run", "broker", "produce", "ingest", "worker", "feed",
+)
 """Modules of `onerec.commands`, in the order of `--help`; each has `register(app)`."""
 
 
