@@ -1,17 +1,19 @@
 """Runs a command of `onerec` with a trap inside: `frozen.py ACTION:STEP:K[,…] WORDS…` stops or kills the process by itself.
 
 ACTION is `freeze` (SIGSTOP) or `kill` (SIGKILL); at the K-th time that the process is about to do STEP. Steps of the worker's
-store are those of `PartitionStore` ("open:fence", "open:catch-up", "begin", "produce", "commit", "write", "close"); steps of
-any transactional producer are its calls ("call:init_transactions", "call:begin_transaction",
-"call:send_offsets_to_transaction", "call:commit_transaction"), and "done:…" once they have returned.
+store and of `ingest` are those of `PartitionStore` and `Ingest`; steps of any transactional producer are its calls
+("call:init_transactions", "call:begin_transaction", "call:send_offsets_to_transaction", "call:commit_transaction"), and
+"done:…" once they have returned.
 """
 
 from __future__ import annotations
 
+import functools
 import os
 import signal
 import sys
 from collections import Counter
+from collections.abc import Callable
 from typing import Any
 
 SIGNALS = {"freeze": signal.SIGSTOP, "kill": signal.SIGKILL}
@@ -35,6 +37,16 @@ class Trap:
             print(f"trap: {number.name} before {step} number {self.counts[step]} of partition {partition}", flush=True)
             os.kill(os.getpid(), number)
             print(f"trap: woken before {step}", flush=True)
+
+
+def _trapped(made: Callable[..., None], trap: Trap) -> Callable[..., None]:
+    """A constructor that is given the trap, whatever step hook its caller gives."""
+
+    @functools.wraps(made)
+    def make(self: object, *args: Any, **named: Any) -> None:
+        made(self, *args, **{**named, "on_step": trap})
+
+    return make
 
 
 def main() -> None:
@@ -62,14 +74,11 @@ def main() -> None:
             return self._run("commit_transaction", *args, **named)
 
     confluent_kafka.Producer = Producer  # type: ignore[misc]
+    from streaming.kafka.ingest import Ingest
     from streaming.kafka.partitions import PartitionStore
 
-    made = PartitionStore.__init__
-
-    def make(self: PartitionStore, *args: Any, **named: Any) -> None:
-        made(self, *args, **{**named, "on_step": trap})
-
-    PartitionStore.__init__ = make  # type: ignore[method-assign]
+    for kind in (PartitionStore, Ingest):
+        kind.__init__ = _trapped(kind.__init__, trap)  # type: ignore[method-assign]
     from onerec.cli import main as command
 
     command()

@@ -43,6 +43,8 @@ class Process:
         self.exits: list[int] = []
         """Codes with which it ended by itself."""
         self.frozen = False
+        self.doomed = False
+        """Whether a trap is set that will kill it."""
 
     @property
     def pid(self) -> int:
@@ -64,6 +66,7 @@ class Process:
     def start(self, *extra: str, trap: str = "") -> Process:
         """Starts it; `extra` words go behind its own."""
         assert not self.running, f"{self.name} runs already"
+        self.doomed = trap.startswith("kill")
         script = [str(FROZEN), trap] if trap else ["-m", "onerec.cli"]
         with self.log.open("ab") as out:
             out.write(f"--- {time.strftime('%H:%M:%S')} start {trap}\n".encode())
@@ -248,12 +251,15 @@ class Stack:
             if time.monotonic() - began > seconds:
                 raise StackError(f"{what}: not within {seconds} s; {self.state()}\n{self.tails()}")
             for process in self.processes.values():
-                count = len(process.exits)
-                if not process.running and len(process.exits) > count:
-                    if supervise:
-                        process.start()
-                    elif process.exits[-1]:
-                        raise StackError(f"{what}: {process.name} ended with {process.exits[-1]}\n{self.tails()}")
+                if process.running or not process.exits or not process.exits[-1]:
+                    continue
+                code = process.exits[-1]
+                if process.doomed and code == -signal.SIGKILL:
+                    continue
+                if not supervise:
+                    raise StackError(f"{what}: {process.name} ended with {code}\n{self.tails()}")
+                process.exits.pop()
+                process.start()
             time.sleep(every)
         return time.monotonic() - began
 
@@ -276,6 +282,10 @@ class Stack:
                 if key.startswith(b"partition:"):
                     self.newest[int(key[10:])] = message.timestamp()[1]
         return self._known
+
+    def state_of(self, partition: int) -> int:
+        """The offset of `events` that a partition has come to; 0 where nothing is known."""
+        return self._known[partition].offset if partition in self._known else 0
 
     def events(self) -> int:
         """Valid events applied so far."""
