@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 import types
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, Final, NamedTuple, Self
 
@@ -14,23 +14,24 @@ from confluent_kafka.admin import OffsetSpec
 from onerec.errors import Failure
 from streaming.kafka import codes, settings
 from streaming.kafka.progress import TOPIC as PROGRESS
-from streaming.kafka.settings import MAX_MESSAGE_BYTES, KafkaConfig
+from streaming.kafka.settings import MAX_MESSAGE_BYTES, TOPICS, KafkaConfig
 from streaming.kafka.topics import admin, require
 
 PACK_BYTES: Final = 256 << 10
 """Of a message of several lines; one longer line goes alone."""
 CUT_BYTES: Final = MAX_MESSAGE_BYTES - (64 << 10)
 """What is kept of a line that no message can hold; it stays too long for a line (§1), and so a dead letter."""
-TOUCHED: Final = ("watch", "interactions", "items", PROGRESS)
+RAW: Final = ("watch", "interactions", "items")
 ATTEMPTS: Final = 5
 
-Message = dict[str, Any]
+Placed = dict[str, list[list[dict[str, Any]]]]
+"""Messages, as the client takes them in batches, by topic and partition."""
 
 
 class Gathered(NamedTuple):
-    """One transaction: messages by topic, and records of `progress`."""
+    """One transaction: messages by topic and partition, and records of `progress`."""
 
-    messages: dict[str, list[Message]]
+    messages: Placed
     records: Mapping[bytes, bytes]
 
 
@@ -44,7 +45,7 @@ class Outbox:
     def __init__(self, config: KafkaConfig, transactional_id: str, pack: int = 1) -> None:
         self._config = config
         self._pack = pack
-        require(config, TOUCHED)
+        require(config, (*RAW, PROGRESS))
         self._producer = Producer(settings.producer(config, transactional_id=config.named(transactional_id)))
         self._fresh()
         self._flying: Future[None] | None = None
@@ -57,41 +58,33 @@ class Outbox:
     def _fresh(self) -> None:
         self.lines = 0
         self.bytes = 0
-        self._singles: dict[str, list[Message]] = {}
-        self._packs: dict[tuple[str, int], list[bytes]] = {}
+        self._messages: Placed = {topic: [[] for _ in range(self._config.partitions)] for topic in RAW}
+        self._packs: dict[str, list[list[bytes]]] = {topic: [[] for _ in range(self._config.partitions)] for topic in RAW}
 
     def put(self, topic: str, partition: int, key: str | None, line: bytes) -> None:
-        """A line of the next transaction. `topic` is without prefix; the key stays with messages of one line only."""
+        """A line of the next transaction. `topic` is one of RAW; the key stays with messages of one line only."""
         self.lines += 1
         self.bytes += len(line)
         if len(line) > CUT_BYTES:
             line = line[:CUT_BYTES]
         if self._pack > 1:
-            lines = self._packs.get((topic, partition))
-            if lines is None:
-                self._packs[topic, partition] = [line]
-            else:
-                lines.append(line)
+            self._packs[topic][partition].append(line)
         else:
-            messages = self._singles.get(topic)
-            if messages is None:
-                messages = self._singles[topic] = []
-            messages.append({"value": line, "key": key, "partition": partition})
+            self._messages[topic][partition].append({"value": line, "key": key})
 
-    def put_everywhere(self, topics: tuple[str, ...], value: bytes) -> None:
-        """A message of its own into every partition of the topics, after the lines gathered so far."""
+    def put_everywhere(self, value: bytes) -> None:
+        """A message of its own into every partition of the raw topics, after the lines gathered so far."""
         self._close_packs()
-        for topic in topics:
-            self._singles.setdefault(topic, []).extend(
-                {"value": value, "partition": partition} for partition in range(self._config.partitions)
-            )
+        for partitions in self._messages.values():
+            for messages in partitions:
+                messages.append({"value": value})
 
     def _close_packs(self) -> None:
-        for (topic, partition), lines in self._packs.items():
-            self._singles.setdefault(topic, []).extend(
-                {"value": value, "partition": partition} for value in packed(lines, self._pack)
-            )
-        self._packs = {}
+        for topic, partitions in self._packs.items():
+            for partition, lines in enumerate(partitions):
+                if lines:
+                    self._messages[topic][partition] += [{"value": value} for value in packed(lines, self._pack)]
+                    partitions[partition] = []
 
     def commit(self, records: Mapping[bytes, bytes]) -> None:
         """Writes what was gathered and `records` of `progress` in one transaction; returns while it is on its way.
@@ -99,7 +92,7 @@ class Outbox:
         Raises what became of the transaction before: Failure where Kafka refused it, or another process took over.
         """
         self._close_packs()
-        gathered = Gathered(self._singles, records)
+        gathered = Gathered(self._messages, records)
         self._fresh()
         self.settle()
         self._flying = self._thread.submit(self._write, gathered)
@@ -128,13 +121,15 @@ class Outbox:
                 self._producer.abort_transaction(60.0)
 
     def _send(self, gathered: Gathered) -> None:
-        for topic, messages in gathered.messages.items():
+        for topic, partitions in gathered.messages.items():
             name = self._config.named(topic)
-            sent = self._producer.produce_batch(name, messages)
-            # A queue too small would let later messages overtake refused ones; it holds many transactions, so this is a fault.
-            if sent != len(messages):
-                error = next((message["_error"] for message in messages if "_error" in message), "unknown")
-                raise Failure(f"topic {name}: {len(messages) - sent:,} messages were not taken by the client: {error}")
+            for partition, messages in enumerate(partitions):
+                # The client heeds the partition of a batch only, not that of a message in it.
+                sent = self._producer.produce_batch(name, messages, partition) if messages else 0
+                # A queue too small would let later messages overtake refused ones; it holds many transactions: a fault.
+                if sent != len(messages):
+                    error = next((message["_error"] for message in messages if "_error" in message), "unknown")
+                    raise Failure(f"topic {name}: {len(messages) - sent:,} messages were not taken by the client: {error}")
         for key, value in gathered.records.items():
             self._producer.produce(self._config.named(PROGRESS), value, key, partition=0)
 
@@ -183,28 +178,33 @@ def packed(lines: list[bytes], pack: int) -> list[bytes]:
     return messages
 
 
-def wait_decided(config: KafkaConfig) -> None:
-    """Waits until every transaction now open in `progress` is committed or aborted, so that reading it misses none.
+def wait_decided(config: KafkaConfig, names: Sequence[str] = (PROGRESS,)) -> None:
+    """Waits until every transaction now open in these topics is committed or aborted, so that reading them misses none.
 
-    One that a killed process left is aborted by the broker after kafka.transaction_timeout_ms. Raises Failure beyond that.
+    A commit is answered before its markers are in the topics; one that a killed process left open is aborted by the broker
+    after kafka.transaction_timeout_ms. Raises Failure beyond that.
     """
     asked = admin(config)
-    where = TopicPartition(config.named(PROGRESS), 0)
+    parts = [
+        TopicPartition(config.named(name), partition)
+        for name in names for partition in range(config.partitions if TOPICS[name].by_user else 1)
+    ]
     deadline = time.monotonic() + config.transaction_timeout_ms / 1000 + 30
 
-    def end(level: IsolationLevel) -> int:
+    def ends(level: IsolationLevel) -> list[int]:
         while True:
-            future = asked.list_offsets({where: OffsetSpec.latest()}, isolation_level=level, request_timeout=10.0)[where]
+            wanted = {part: OffsetSpec.latest() for part in parts}
+            found = asked.list_offsets(wanted, isolation_level=level, request_timeout=10.0)
             try:
-                return int(future.result().offset)
+                return [int(found[part].result().offset) for part in parts]
             except KafkaException as error:
                 # A topic just made has no leader for a moment.
                 if error.args[0].code() not in codes.AWAY or time.monotonic() > deadline:
-                    raise Failure(f"topic {where.topic}: {error.args[0].str()}; look at the broker's log") from None
+                    raise Failure(f"topics {', '.join(names)}: {error.args[0].str()}; look at the broker's log") from None
             time.sleep(0.1)
 
-    wanted = end(IsolationLevel.READ_UNCOMMITTED)
-    while end(IsolationLevel.READ_COMMITTED) < wanted:
+    wanted = ends(IsolationLevel.READ_UNCOMMITTED)
+    while any(map(int.__lt__, ends(IsolationLevel.READ_COMMITTED), wanted)):
         if time.monotonic() > deadline:
-            raise Failure(f"topic {where.topic}: a transaction stays open beyond its timeout; what holds it?")
-        time.sleep(0.1)
+            raise Failure(f"topics {', '.join(names)}: a transaction stays open beyond its timeout; look at the broker's log")
+        time.sleep(0.02)

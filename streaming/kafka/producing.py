@@ -35,7 +35,6 @@ from streaming.kafka.wire import END
 from streaming.seeds import Seeds
 from streaming.sources import Batch, JsonLines, Position, Source
 
-RAW: Final = ("watch", "interactions", "items")
 TRANSACTION_LINES: Final = 50_000
 TRANSACTION_BYTES: Final = 16 << 20
 TRANSACTION_SECONDS: Final = 1.0
@@ -160,7 +159,7 @@ class Produce:
             elif self._events:
                 self._merged(self._events)
             if self._end and not (self._produced and all(position.ended for position in self._produced.values())):
-                self._outbox.put_everywhere(RAW, END)
+                self._outbox.put_everywhere(END)
                 self._commit({name: msgspec.structs.replace(at, ended=True) for name, at in self._produced.items()})
             self._outbox.settle()
         seconds = self._clock.monotonic() - began
