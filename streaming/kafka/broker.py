@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import fcntl
 import os
 import random
@@ -12,6 +13,7 @@ import socket
 import subprocess
 import tempfile
 import time
+import uuid
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from pathlib import Path
@@ -312,12 +314,9 @@ class Broker:
         text = (self.directory / "server.properties").read_text(encoding="utf-8")
         settings.touch(mode=0o600)
         settings.write_text(text.replace(f"log.dirs={_escaped(data)}", f"log.dirs={_escaped(partial)}"), encoding="utf-8")
-        identity = subprocess.run(  # noqa: S603
-            [binary, "-cp", classpath, "kafka.tools.StorageTool", "random-uuid"], capture_output=True, text=True, check=False
-        )
-        done = identity if identity.returncode else subprocess.run(  # noqa: S603
-            [binary, "-cp", classpath, "kafka.tools.StorageTool", "format", "--standalone", "-t", identity.stdout.split()[-1],
-             "-c", str(settings)],
+        done = subprocess.run(  # noqa: S603
+            [binary, "-cp", classpath, "kafka.tools.StorageTool", "format", "--standalone", "-t", _cluster_id(), "-c",
+             str(settings)],
             capture_output=True, text=True, check=False,
         )
         settings.unlink()
@@ -351,6 +350,13 @@ class Broker:
         if self._jvm is None or self._jvm.returncode is not None:
             return True
         return os.waitid(os.P_PID, self._jvm.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is not None
+
+
+def _cluster_id() -> str:
+    """A random id as Kafka writes them: never with a dash first, which its tools take for an option."""
+    while (identity := base64.urlsafe_b64encode(uuid.uuid4().bytes)[:22].decode()).startswith("-"):
+        pass
+    return identity
 
 
 def _escaped(path: Path) -> str:
