@@ -241,7 +241,7 @@ class PartitionStore:
         """The messages not applied before. Raises Gap where one before them is missing."""
         progress = part.progress
         fresh = [chunk for chunk in chunks if chunk.offset >= progress.offset]
-        expected = progress.number
+        expected = 0 if progress.offset == 0 else progress.number
         for chunk in fresh:
             # Number 0 is a new beginning: whoever numbers has lost its own place.
             if chunk.number and expected is not None and chunk.number != expected:
