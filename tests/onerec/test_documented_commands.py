@@ -35,7 +35,11 @@ def test_documented_commands_and_options_exist(page: Path) -> None:
         if words[0].startswith("-"):
             continue
         assert words[0] in commands, f"{page.name}: onerec {' '.join(words)}"
-        known = {name for parameter in commands[words[0]].params for name in [*parameter.opts, *parameter.secondary_opts]}
+        command = commands[words[0]]
+        if parts := getattr(command, "commands", None):
+            assert len(words) == 1 or words[1] in parts, f"{page.name}: onerec {' '.join(words)}"
+            command = parts[words[1]] if len(words) > 1 else command
+        known = {name for parameter in command.params for name in [*parameter.opts, *parameter.secondary_opts]}
         asked = {word.partition("=")[0] for word in words[1:] if word.startswith("--")} - {"--help"}
         assert asked <= known, f"{page.name}: onerec {' '.join(words)}: no {asked - known}"
 
