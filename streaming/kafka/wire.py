@@ -116,11 +116,15 @@ class _More(msgspec.Struct, array_like=True):
     positives: list[tuple[int, str]]
 
 
+_encode_more = msgspec.msgpack.Encoder().encode
+_decode_more = msgspec.msgpack.Decoder(_More).decode
+
+
 def session_message(session: Session, partition: int, sequence: int) -> tuple[bytes, Headers]:
     """Value and headers in `sessions`; `position` is [partition, sequence], 1, 2, 3 … within the partition."""
     value = b'%s,"position":[%d,%d]}' % (session_json(session)[:-1], partition, sequence)
     more = _More([item.effective for item in session.items], session.positives)
-    return value, [(MORE_HEADER, msgspec.msgpack.encode(more))]
+    return value, [(MORE_HEADER, _encode_more(more))]
 
 
 def decode_session_message(value: bytes, headers: Sequence[tuple[str, Any]] | None) -> tuple[Session, int, int]:
@@ -131,7 +135,7 @@ def decode_session_message(value: bytes, headers: Sequence[tuple[str, Any]] | No
     try:
         fields = orjson.loads(value)
         more = next((content for name, content in headers or () if name == MORE_HEADER), None)
-        extra = msgspec.msgpack.decode(more, type=_More) if more else _More([], [])
+        extra = _decode_more(more) if more else _More([], [])
         partition, sequence = fields["position"]
         labels = fields["labels"]
         flags = extra.effective or [item["watch_ms"] > 0 for item in fields["items"]]
