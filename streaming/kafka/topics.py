@@ -269,6 +269,6 @@ def _done(config: KafkaConfig, future: Future[Any], what: str, ignore: str = "")
         raise UserError(f"{what}: {said}; set kafka.replication (--replication) to at most the number of brokers")
     if name.endswith("AUTHORIZATION_FAILED") or name == "POLICY_VIOLATION":
         raise UserError(f"{what}: the cluster refuses it ({said}); grant this user the right, or let an administrator make it")
-    if name.startswith("INVALID"):
-        raise UserError(f"{what}: {said}; correct section [kafka]")
+    if name == "TOPIC_EXCEPTION":
+        raise UserError(f"{what}: {said}; choose another kafka.prefix")
     raise Failure(f"{what}: {said or name}; run the command again, and look at the broker's log if it stays so")
