@@ -27,8 +27,12 @@ BATCH_MESSAGES: Final = 160
 """Messages taken at once, over all partitions: about four thousand events a transaction at eight partitions."""
 BATCH_BYTES: Final = 8 << 20
 """Of one partition in one transaction."""
+FETCH_BYTES: Final = 1 << 20
+"""Of one partition at a time (a larger message comes alone), so that with a backlog all partitions go on side by side."""
 CHECK_SECONDS: Final = 0.2
 IDLE_SECONDS: Final = 5.0
+PATIENCE: Final = 10
+"""A partition may wait so many times longer while others of this worker go on."""
 ANSWER_AGE: Final = 5.0
 """An end of the log older than this, in seconds, tells nothing any more."""
 SETTLE_SECONDS: Final = 10.0
@@ -187,6 +191,10 @@ class Engine:
                 ready[partition] = offset
         return ready
 
+    def opening(self) -> bool:
+        """Whether partitions are being opened."""
+        return any(not each.future.done() for each in self._openings)
+
     def fenced(self) -> list[int]:
         """Partitions that another process has taken over while they are assigned to us; opened again in a while."""
         return [partition for partition, held in self._held.items() if held.retry_at is not None]
@@ -232,7 +240,7 @@ class Engine:
         progress = self._store.progress(partition)
         if held.progress is None or progress.offset != held.progress.offset:
             self.events += progress.counters.events - (held.progress.counters.events if held.progress else 0)
-            held.progress, held.behind_since = progress, None
+            held.progress = progress
             held.moved_at = self._finished = time.monotonic()
 
     def _lost(self, held: _Held) -> None:
@@ -308,17 +316,20 @@ class Engine:
 
     def _find_stall(self) -> None:
         now = time.monotonic()
+        behind: dict[int, float] = {}
         for partition, held in list(self._held.items()):
-            lag = self._lag(partition, held)
-            if not lag or now - self._ends.answered_at > ANSWER_AGE:
+            if not self._lag(partition, held) or now - self._ends.answered_at > ANSWER_AGE:
                 # All read, or the broker is away, which is no fault of ours.
                 held.behind_since = None
-            elif held.behind_since is None:
-                held.behind_since = now
-            elif now - held.behind_since > self.config.stall_seconds:
+            else:
+                held.behind_since = held.behind_since or now
+                behind[partition] = now - max(held.behind_since, held.moved_at)
+        allowed = self.config.stall_seconds * (1 if now - self._finished > self.config.stall_seconds else PATIENCE)
+        for partition, seconds in behind.items():
+            if seconds > allowed:
                 self._failure = Failure(
-                    f"partition {partition}: nothing applied for {now - held.behind_since:.0f} s although {lag} offsets are "
-                    "left to read; leaving, so that a supervisor starts this worker anew"
+                    f"partition {partition}: nothing applied for {seconds:.0f} s although there are events to read; leaving, "
+                    "so that a supervisor starts this worker anew"
                 )
 
     def status(self) -> list[PartitionStatus]:

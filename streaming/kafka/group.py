@@ -11,7 +11,7 @@ from confluent_kafka import OFFSET_END, Consumer, KafkaException, TopicPartition
 
 from onerec.errors import Failure
 from streaming.kafka import codes, settings
-from streaming.kafka.engine import BATCH_MESSAGES, Engine, message_number
+from streaming.kafka.engine import BATCH_MESSAGES, FETCH_BYTES, Engine, message_number
 from streaming.kafka.wire import Chunk
 
 HINT_SECONDS: Final = 5.0
@@ -29,7 +29,10 @@ class Group:
         self._paused: set[int] = set()
         self._hinted_at = time.monotonic()
         self._consumer = Consumer(
-            settings.member(engine.config, engine.config.named("stream"), max_poll_interval_ms=POLL_INTERVAL_MS)
+            settings.member(
+                engine.config, engine.config.named("stream"), max_poll_interval_ms=POLL_INTERVAL_MS,
+                fetch_message_max_bytes=FETCH_BYTES,
+            )
         )
 
     def run(self) -> None:
