@@ -17,10 +17,12 @@ import shutil
 import tempfile
 from pathlib import Path
 
-from benchmarks import kafka_throughput
+from benchmarks import kafka_latency, kafka_load, kafka_recovery, kafka_soak, kafka_throughput
 from benchmarks.kafka_tools import Cluster, broker, family
 
-PARTS = {"throughput": kafka_throughput}
+PARTS = {
+    "throughput": kafka_throughput, "latency": kafka_latency, "soak": kafka_soak, "recovery": kafka_recovery,
+}
 
 
 def main() -> None:
@@ -34,15 +36,18 @@ def main() -> None:
         command.add_argument("--work", type=Path, help="folder for logs and states, kept; default: a temporary one")
         command.add_argument("--out", type=Path, help="also write the figures there, as JSON")
         part.arguments(command)
-    bare = commands.add_parser("bare", help=argparse.SUPPRESS)
-    for option in ("--bootstrap", "--prefix", "--state"):
-        bare.add_argument(option, required=True)
-    for option in ("--partitions", "--events"):
-        bare.add_argument(option, type=int, required=True)
+    for name in ("bare", "load", "paced", "catch-up"):
+        helper = commands.add_parser(name)
+        helper.add_argument("--bootstrap", required=True)
+        helper.add_argument("--prefix", required=True)
+        for option in ("--partitions", "--events", "--rate", "--pack"):
+            helper.add_argument(option, type=int, default=1)
+        helper.add_argument("--seconds", type=float)
+        for option in ("--state", "--log"):
+            helper.add_argument(option, type=Path)
     options = parser.parse_args()
-    if options.command == "bare":
-        cluster = Cluster(options.bootstrap, options.prefix, options.partitions)
-        kafka_throughput.bare(cluster, Path(options.state), options.events)
+    if options.command not in PARTS:
+        _help(options)
         return
     part = PARTS[options.command]
     folder = options.work or Path(tempfile.mkdtemp(prefix="onerec-bench-"))
@@ -56,6 +61,20 @@ def main() -> None:
     finally:
         if not options.work:
             shutil.rmtree(folder, ignore_errors=True)
+
+
+def _help(options: argparse.Namespace) -> None:
+    """What a measurement starts in a process of its own: the bare loop, live traffic, a log at a pace."""
+    cluster = Cluster(options.bootstrap, options.prefix, options.partitions)
+    if options.command == "bare":
+        found = kafka_throughput.bare(cluster, options.state, options.events)
+    elif options.command == "load":
+        found = kafka_load.live(cluster, options.rate, options.seconds, options.pack)
+    elif options.command == "catch-up":
+        found = kafka_recovery.catch_up(cluster, options.state)
+    else:
+        found = kafka_load.paced(cluster, options.log, options.rate, options.pack)
+    print(json.dumps(found))
 
 
 if __name__ == "__main__":

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import shutil
 import statistics
@@ -56,7 +55,7 @@ class Watch(threading.Thread):
         super().__init__(daemon=True)
         self.curve: Curve = []
         self._cluster = cluster
-        self._stop = threading.Event()
+        self._over = threading.Event()
 
     def run(self) -> None:
         """Until `end`."""
@@ -64,12 +63,12 @@ class Watch(threading.Thread):
         reader = Consumer(consumer(self._cluster.config, group_id=self._cluster.config.named("bench"), fetch_wait_max_ms=20))
         reader.assign([TopicPartition(topic, 0, 0)])
         found: dict[int, Progress] = {}
-        while not self._stop.is_set():
+        while not self._over.is_set():
             messages = reader.consume(200, 0.05)
             now = time.monotonic()
             for message in messages:
                 if not message.error() and (message.key() or b"").startswith(b"partition:"):
-                    progress = decode_progress(message.value(), "progress")
+                    progress = decode_progress(message.value() or b"", "progress")
                     found[progress.partition] = progress
             if messages:
                 self.curve.append((now, sum(progress.counters.events for progress in found.values())))
@@ -77,7 +76,7 @@ class Watch(threading.Thread):
 
     def end(self) -> Curve:
         """Stops it; (time, events committed by then)."""
-        self._stop.set()
+        self._over.set()
         self.join()
         return self.curve
 
@@ -90,8 +89,8 @@ def rate(curve: Curve, low: float = 0.0, high: float = 1.0) -> float:
     return (last[1] - first[1]) / max(1e-9, last[0] - first[0])
 
 
-def bare(cluster: Cluster, state: Path, events: int) -> None:
-    """In a process of its own: consumes `events`, parses every line and puts its bytes into a WriteBatch per 5,000."""
+def bare(cluster: Cluster, state: Path, events: int) -> dict[str, Any]:
+    """Consumes `events`, parses every line and puts its bytes into a WriteBatch per 5,000."""
     from rocksdict import Options, Rdict, WriteBatch
 
     topic = cluster.config.named("events")
@@ -102,7 +101,7 @@ def bare(cluster: Cluster, state: Path, events: int) -> None:
     while count < events:
         for message in reader.consume(50, 0.1):
             began = began or time.monotonic()
-            for line in message.value().split(b"\n"):
+            for line in (message.value() or b"").split(b"\n"):
                 event = orjson.loads(line)
                 if "user_id" in event:
                     batch.put(b"%s:%d" % (event["user_id"].encode(), count), line)
@@ -111,8 +110,9 @@ def bare(cluster: Cluster, state: Path, events: int) -> None:
             db.write(batch)
             batch = WriteBatch(raw_mode=True)
     db.write(batch)
-    print(json.dumps({"events": count, "rate": count / (time.monotonic() - began), "cpu": time.process_time()}))
+    seconds = time.monotonic() - began
     db.close()
+    return {"events": count, "rate": count / seconds, "cpu": time.process_time()}
 
 
 def ingest(cluster: Cluster, folder: Path, events: int) -> dict[str, Any]:
@@ -195,13 +195,14 @@ def peer_sessions(bootstrap: str, topic: str, partitions: int) -> dict[str, byte
     reader = Consumer({"bootstrap.servers": bootstrap, "group.id": "bench", "enable.partition.eof": True,
                        "isolation.level": "read_committed", "enable.auto.commit": False})
     reader.assign([TopicPartition(topic, p, 0) for p in range(partitions)])
-    left, found = set(range(partitions)), {}
+    left, found = set(range(partitions)), dict[str, bytes]()
     while left:
         for message in reader.consume(500, 0.2):
             if message.error():
                 left.discard(message.partition())
             else:
-                found[orjson.loads(message.value())["session_id"]] = message.value()
+                value = message.value() or b""
+                found[orjson.loads(value)["session_id"]] = value
     reader.close()
     return found
 
@@ -271,6 +272,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--quix-events", type=int, default=400_000, help="events that Quix Streams gets")
     parser.add_argument("--pack-one-events", type=int, default=200_000, help="events produced one a message for ingest")
     parser.add_argument("--peers-python", type=Path, help="interpreter with the peers' libraries; else made in the cache")
+    parser.add_argument("--engines", nargs="+", default=["faust", "group"], choices=["faust", "group"])
     parser.add_argument("--only", nargs="+", default=["produce", "stream", "scale", "peers", "bare"],
                         choices=["produce", "stream", "scale", "peers", "bare"])
 
@@ -306,7 +308,7 @@ def measure(options: argparse.Namespace, folder: Path, bootstrap: str, broker_pi
         return cluster
 
     if "stream" in options.only:
-        found: dict[str, list[dict[str, Any]]] = {"faust": [], "group": []}
+        found: dict[str, list[dict[str, Any]]] = {engine: [] for engine in options.engines}
         for number in range(options.rounds):
             for engine, rounds in found.items():
                 cluster = fresh(f"{engine}{number}")
@@ -333,7 +335,7 @@ def measure(options: argparse.Namespace, folder: Path, bootstrap: str, broker_pi
 def scale(options: argparse.Namespace, folder: Path, fresh: Any, broker_pids: list[int]) -> dict[str, Any]:
     """One worker and two, on all cores; and one worker sharing a single core with the broker, as half a machine has."""
     found: dict[str, Any] = {}
-    for engine in ("faust", "group"):
+    for engine in options.engines:
         one = [stream(fresh(f"one-{engine}{n}"), folder, engine, 1) for n in range(options.rounds)]
         two = [stream(fresh(f"two-{engine}{n}"), folder, engine, 2) for n in range(options.rounds)]
         found[engine] = {"1": _median(one), "2": _median(two)}

@@ -284,17 +284,17 @@ class Sampler(threading.Thread):
         super().__init__(daemon=True)
         self.began = time.monotonic()
         self.values: list[tuple[float, Any]] = []
-        self._sample, self._every, self._stop = sample, every, threading.Event()
+        self._sample, self._every, self._over = sample, every, threading.Event()
 
     def run(self) -> None:
         """Until `end`."""
-        while not self._stop.wait(self._every):
+        while not self._over.wait(self._every):
             with contextlib.suppress(Exception):
                 self.values.append((round(time.monotonic() - self.began, 2), self._sample()))
 
     def end(self) -> list[tuple[float, Any]]:
         """Stops it; what it saw."""
-        self._stop.set()
+        self._over.set()
         self.join()
         return self.values
 
