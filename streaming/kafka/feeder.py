@@ -133,9 +133,12 @@ class Feeder:
         self._held: set[int] = set()
         for partition in self._own:
             self._check_empty(partition)
-        entries = {p: self._place("catalogue", p).get("offset") for p in range(self._config.partitions)}
-        self._fill_catalogue(entries)
-        self._catalogue = self._enter(Tail(self._config, "catalogue", entries))
+        self._catalogue = self._enter(Tail(self._config, "catalogue"))
+        # One after the other, so that items come in the same order however often it dies.
+        for partition in range(self._config.partitions):
+            self._catalogue.add({partition: self._place("catalogue", partition).get("offset")})
+            while not self._catalogue.at_end() and not self._stopped():
+                self._take_items(self._catalogue.read(ITEMS, READ_SECONDS))
 
     def _place(self, topic: str, partition: int) -> dict[str, Any]:
         """Where the log stands in a partition; {} before its first record of it."""
@@ -179,7 +182,7 @@ class Feeder:
             self._hear()
         self._regulate()
         written = self._write(self._order.release())
-        self._take_items(self._catalogue, self._catalogue.read(ITEMS, 0))
+        self._take_items(self._catalogue.read(ITEMS, 0))
         return written
 
     def _take(self, messages: Iterable[Any]) -> None:
@@ -247,15 +250,7 @@ class Feeder:
         before, now = self._store.watermark(), self._order.watermark()
         return before if now is None else max(now, before or now)
 
-    def _fill_catalogue(self, entries: dict[int, int | None]) -> None:
-        """Reads the catalogue partition by partition to its end, so that items come in the same order whenever it dies."""
-        for partition in sorted(entries):
-            with Tail(self._config, "catalogue", {partition: entries[partition]}) as tail:
-                while not tail.at_end() and not self._stopped():
-                    self._take_items(tail, tail.read(ITEMS, READ_SECONDS))
-                entries[partition] = tail.offsets[partition]
-
-    def _take_items(self, tail: Tail, messages: list[Any]) -> None:
+    def _take_items(self, messages: list[Any]) -> None:
         if not messages:
             return
         dimension = self._store.progress().dimension

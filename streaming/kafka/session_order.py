@@ -79,6 +79,7 @@ class SessionOrder:
         self._gap_ms = gap_ms
         self._stall_seconds = stall_seconds
         self._clock = clock
+        self._begun = clock()
         self.held_bytes = 0
         """Of sessions read and not yet released."""
 
@@ -141,9 +142,17 @@ class SessionOrder:
     def watermark(self) -> int | None:
         """Event time in ms to which all sessions have been released; None before any partition has one.
 
-        The least of the partitions; those that never had an event are left out. To be asked after `release` ran to its end.
+        The least of the partitions; those that never had an event are left out, and those that nothing was heard of for
+        `stall_seconds`. To be asked after `release` ran to its end.
         """
-        known = [part.watermark for part in self._parts.values() if part.watermark is not None]
+        known: list[int] = []
+        for part in self._parts.values():
+            if part.watermark is not None:
+                known.append(part.watermark)
+            elif part.heard is None and self._clock() - self._begun < self._stall_seconds:
+                return None
+            elif part.heard is not None and part.heard.watermark is not None:
+                return None
         held = [part.queue[0].end + self._gap_ms for part in self._parts.values() if part.queue]
         return min([*known, *held]) if known else None
 

@@ -35,7 +35,7 @@ class Tail:
     Raises UserError where access is refused, Failure where the log ends before the offset given, or was deleted.
     """
 
-    def __init__(self, config: KafkaConfig, topic: str, offsets: Mapping[int, int | None]) -> None:
+    def __init__(self, config: KafkaConfig, topic: str, offsets: Mapping[int, int | None] | None = None) -> None:
         self.topic = config.named(topic)
         self.offsets: dict[int, int] = {}
         self.forgotten: dict[int, tuple[int, int]] = {}
@@ -45,12 +45,16 @@ class Tail:
         table = settings.consumer(config, group_id=config.named(f"tail-{topic}"), enable_partition_eof=True)
         self._consumer = Consumer({**table, "error_cb": self._heard})
         try:
-            for partition, offset in offsets.items():
-                self.offsets[partition] = self._start(partition, offset)
+            self.add(offsets or {})
         except BaseException:
             self._consumer.close()
             raise
-        self._consumer.assign([TopicPartition(self.topic, p, offset) for p, offset in self.offsets.items()])
+
+    def add(self, offsets: Mapping[int, int | None]) -> None:
+        """Reads further partitions."""
+        for partition, offset in offsets.items():
+            self.offsets[partition] = self._start(partition, offset)
+        self._consumer.incremental_assign([TopicPartition(self.topic, p, self.offsets[p]) for p in offsets])
 
     def _heard(self, error: Any) -> None:
         """What concerns the whole client: a refused credential is for good, a broker away is not."""

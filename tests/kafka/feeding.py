@@ -29,7 +29,8 @@ def session(user: str, minute: float, watches: int = 5, *, items: int = 24) -> S
     watched = [SessionItem(item, start + 1_000 * k, 9_000, 9_000, [], True) for k, item in enumerate(ids[2:])]
     positives = [(item.ts, item.item_id) for item in watched[:-1]]
     return Session(
-        f"{user}:{start}", user, None, start, end, watched, ids[:2], watches, 9_000 * watches, 0, True, 0.1, 1.0, 0, 0, positives
+        f"{user}:{start}", user, None, start, end, watched, ids[:2], watches, 9_000 * watches, 0, True, 0.1, 1.0, 0, 0,
+        positives,
     )
 
 
@@ -38,6 +39,7 @@ class Worker:
 
     def __init__(self, config: KafkaConfig, semantics: Semantics = SEMANTICS) -> None:
         self.config = config
+        self.semantics = semantics
         self.progress = {p: Progress(partition=p) for p in range(config.partitions)}
         self._producer = Producer(settings.producer(config, transactional_id=config.named("test-worker")))
         self._producer.init_transactions(30)
@@ -99,8 +101,7 @@ class Worker:
 
     def close(self) -> None:
         """Gives up what is not committed."""
-        self._producer.purge()
-        self._producer.poll(0)
+        self._producer.close()
 
     def __enter__(self) -> Self:
         return self
