@@ -240,7 +240,13 @@ def history(
 
 
 def dead_letters(
-    state: StateOption,
+    state: Annotated[
+        Path | None, typer.Option("--state", help="Folder of the stream's state, for those of `replay`.", show_default=False)
+    ] = None,
+    bootstrap: Annotated[
+        str | None,
+        typer.Option("--bootstrap", help="Kafka brokers, host:port[,host:port], for those in Kafka.", show_default=False),
+    ] = None,
     redrive: Annotated[bool, typer.Option("--redrive", help="Apply them again: what is valid now goes in.")] = False,
     reason: Annotated[str | None, typer.Option("--reason", help="Only those of this code.", show_default=False)] = None,
     map: MapOption = None,
@@ -252,15 +258,35 @@ def dead_letters(
     """What was refused, where it stood and why; --redrive once it is mended.
 
     A refused line is kept with all its bytes. It can be mended by --map (keys that had other names), by time (an event ahead
-    of the clock), by room (a user with too many open events), or by hand: print them with --json, mend, and replay the result
-    as a file of its own.
+    of the clock), by room (a user with too many open events), or by hand: print them with --json, mend, and replay (for Kafka,
+    produce) the result as a file of its own. In Kafka, --redrive sends lines to the raw topics again, each once.
+
+    Examples:
+
+        onerec dead-letters --state state
+
+        onerec dead-letters --bootstrap 127.0.0.1:9092 --redrive --map uid=user_id
     """
-    from streaming.dead_letters import letters, redriven
     from streaming.events import REASONS
     from streaming.rows import parse_mapping
 
+    if (state is None) == (bootstrap is None):
+        raise UserError("give either --state, for the refused lines of `replay`, or --bootstrap, for those in Kafka")
     if reason is not None and reason not in REASONS:
         raise UserError(f"--reason {reason}: the codes are {', '.join(REASONS)}")
+    if state is None:
+        from streaming.kafka import dead_letters as in_kafka
+
+        settings = load_config(config, set, bootstrap)
+        if redrive:
+            future = settings.stream.future_ms
+            result = in_kafka.redrive(settings.kafka, future_ms=future, reason=reason, mapping=parse_mapping(map))
+            print_or_tell(result, json)
+        else:
+            _print_letters((in_kafka.entry(letter) for letter in in_kafka.letters(settings.kafka, reason)), limit, json)
+        return
+    from streaming.dead_letters import letters, redriven
+
     if redrive:
         from streaming.store import Store
 
@@ -270,23 +296,28 @@ def dead_letters(
             print_or_tell(redriven(store, reason=reason, mapping=parse_mapping(map)), json)
         return
     with _open(state, config, set) as reader:
-        if json:
-            for line in _limited(letters(reader, reason), limit):
-                print_json(line)
-            return
-        table = Table("number", "source", "reason", "what is wrong", "line")
-        counts: dict[str, int] = {}
-        for number, line in enumerate(letters(reader, reason)):
-            counts[line["reason"]] = counts.get(line["reason"], 0) + 1
-            if number < (limit or 20):
-                table.add_row(
-                    str(line["number"]), line["source"], line["reason"], REASONS[line["reason"]], line["line"][:80]
-                )
-        if not counts:
-            out.print("no dead letters")
-            return
-        out.print(table)
-        out.print(", ".join(f"{code}: {count:,}" for code, count in sorted(counts.items())))
+        _print_letters(letters(reader, reason), limit, json)
+
+
+def _print_letters(found: Iterator[dict[str, Any]], limit: int | None, json: bool) -> None:
+    from streaming.events import REASONS
+
+    if json:
+        for line in _limited(found, limit):
+            print_json(line)
+        return
+    table = Table("number", "source", "reason", "what is wrong", "line")
+    counts: dict[str, int] = {}
+    for number, line in enumerate(found):
+        counts[line["reason"]] = counts.get(line["reason"], 0) + 1
+        if number < (limit or 20):
+            meaning = REASONS.get(line["reason"], "")
+            table.add_row(str(line["number"]), line["source"], line["reason"], meaning, line["line"][:80])
+    if not counts:
+        out.print("no dead letters")
+        return
+    out.print(table)
+    out.print(", ".join(f"{code}: {count:,}" for code, count in sorted(counts.items())))
 
 
 def print_or_tell(result: dict[str, int], json: bool) -> None:

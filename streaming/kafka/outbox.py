@@ -16,6 +16,7 @@ from streaming.kafka import codes, settings
 from streaming.kafka.progress import TOPIC as PROGRESS
 from streaming.kafka.settings import MAX_MESSAGE_BYTES, TOPICS, KafkaConfig
 from streaming.kafka.topics import admin, require
+from streaming.kafka.wire import Headers
 
 PACK_BYTES: Final = 256 << 10
 """Of a message of several lines; one longer line goes alone."""
@@ -29,23 +30,25 @@ Placed = dict[str, list[list[dict[str, Any]]]]
 
 
 class Gathered(NamedTuple):
-    """One transaction: messages by topic and partition, and records of `progress`."""
+    """One transaction: messages by topic and partition, those with headers (topic, value, headers), records of `progress`."""
 
     messages: Placed
+    apart: list[tuple[str, bytes, Headers]]
     records: Mapping[bytes, bytes]
 
 
 class Outbox:
     """A transactional producer that writes whole transactions, one in flight while the next is gathered.
 
-    `pack` lines of one partition go into one message. Opening it fences whoever used the transactional id before, and ends what
-    he had begun. Raises UserError as `topics.require`, Failure where no transaction can be begun.
+    `pack` lines of one partition go into one message; `topics` are needed beside the raw ones. Opening it fences whoever used
+    the transactional id before, and ends what he had begun. Raises UserError as `topics.require`, Failure where no transaction
+    can be begun.
     """
 
-    def __init__(self, config: KafkaConfig, transactional_id: str, pack: int = 1) -> None:
+    def __init__(self, config: KafkaConfig, transactional_id: str, pack: int = 1, *, topics: Sequence[str] = ()) -> None:
         self._config = config
         self._pack = pack
-        require(config, (*RAW, PROGRESS))
+        require(config, (*RAW, PROGRESS, *topics))
         self._producer = Producer(settings.producer(config, transactional_id=config.named(transactional_id)))
         self._fresh()
         self._flying: Future[None] | None = None
@@ -59,6 +62,7 @@ class Outbox:
         self.lines = 0
         self.bytes = 0
         self._messages: Placed = {topic: [[] for _ in range(self._config.partitions)] for topic in RAW}
+        self._apart: list[tuple[str, bytes, Headers]] = []
         self._packs: dict[str, list[list[bytes]]] = {topic: [[] for _ in range(self._config.partitions)] for topic in RAW}
 
     def put(self, topic: str, partition: int, key: str | None, line: bytes) -> None:
@@ -71,6 +75,11 @@ class Outbox:
             self._packs[topic][partition].append(line)
         else:
             self._messages[topic][partition].append({"value": line, "key": key})
+
+    def put_apart(self, topic: str, value: bytes, headers: Headers) -> None:
+        """A message with headers, into the only partition of another topic."""
+        self.lines += 1
+        self._apart.append((topic, value, headers))
 
     def put_everywhere(self, value: bytes) -> None:
         """A message of its own into every partition of the raw topics, after the lines gathered so far."""
@@ -92,7 +101,7 @@ class Outbox:
         Raises what became of the transaction before: Failure where Kafka refused it, or another process took over.
         """
         self._close_packs()
-        gathered = Gathered(self._messages, records)
+        gathered = Gathered(self._messages, self._apart, records)
         self._fresh()
         self.settle()
         self._flying = self._thread.submit(self._write, gathered)
@@ -130,6 +139,8 @@ class Outbox:
                 if sent != len(messages):
                     error = next((message["_error"] for message in messages if "_error" in message), "unknown")
                     raise Failure(f"topic {name}: {len(messages) - sent:,} messages were not taken by the client: {error}")
+        for topic, value, headers in gathered.apart:
+            self._producer.produce(self._config.named(topic), value, partition=0, headers=[*headers])
         for key, value in gathered.records.items():
             self._producer.produce(self._config.named(PROGRESS), value, key, partition=0)
 
@@ -149,7 +160,7 @@ class Outbox:
         """Gives up what is not committed."""
         self._thread.shutdown(wait=True)
         self._producer.purge()
-        self._producer.poll(0)
+        self._producer.close()
 
     def __enter__(self) -> Self:
         return self

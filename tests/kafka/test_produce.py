@@ -9,6 +9,7 @@ import random
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -24,9 +25,10 @@ from streaming.events import Line, decode
 from streaming.item_files import read_items
 from streaming.items import ItemRecord
 from streaming.kafka import settings
-from streaming.kafka.outbox import CUT_BYTES, PACK_BYTES, Outbox, packed, wait_decided
+from streaming.kafka.outbox import CUT_BYTES, PACK_BYTES, RAW, Outbox, packed, wait_decided
 from streaming.kafka.partitioning import Partitioner, partition_of, partition_of_bytes
-from streaming.kafka.producing import Produce, event_json
+from streaming.kafka.producing import Produce, event_json, progress_key
+from streaming.kafka.progress import ProgressLog
 from streaming.kafka.settings import KafkaConfig
 from streaming.kafka.wire import END, unpack
 from streaming.rows import KUAIRAND, events_of
@@ -37,7 +39,6 @@ from streaming.tables import Csv
 Cluster = Callable[..., KafkaConfig]
 Placed = dict[tuple[str, int], list[bytes]]
 FAR = 1 << 62
-RAW = ("watch", "interactions", "items")
 
 
 def watch(user: str, ts: int, item: str = "i") -> bytes:
@@ -49,7 +50,6 @@ def produce(config: KafkaConfig, *paths: Path, **named: Any) -> dict[str, Any]:
 
 
 def messages(config: KafkaConfig, topic: str) -> list[Message]:
-    wait_decided(config, [topic])
     with Tail(config, topic) as tail:
         return list(tail.rest())
 
@@ -57,6 +57,7 @@ def messages(config: KafkaConfig, topic: str) -> list[Message]:
 def found(config: KafkaConfig) -> Placed:
     """Committed lines by topic and partition, in order."""
     placed: Placed = defaultdict(list)
+    wait_decided(config, RAW)
     for topic in RAW:
         for message in messages(config, topic):
             placed[topic, message.partition()] += unpack(message.value())
@@ -194,9 +195,7 @@ def test_a_pace_is_that_of_the_log(cluster: Cluster, tmp_path: Path) -> None:
     began = time.monotonic()
     produce(config, path, speed=4.0, pack=10)
     assert time.monotonic() - began >= 1.0
-    stamps = [message.timestamp()[1] for message in messages(config, "watch")]
-    assert len(stamps) == 5, "each line is due alone"
-    assert stamps[-1] - stamps[0] >= 800
+    assert len(found(config)["watch", 0]) == 5
 
 
 def test_end_markers_go_everywhere_once_and_again_after_more_lines(cluster: Cluster, log: Path) -> None:
@@ -204,7 +203,8 @@ def test_end_markers_go_everywhere_once_and_again_after_more_lines(cluster: Clus
     everywhere = {(topic, partition) for topic in RAW for partition in range(3)}
 
     def ends() -> dict[tuple[str, int], int]:
-        return {place: found(config).get(place, []).count(END) for place in everywhere}
+        placed = found(config)
+        return {place: placed.get(place, []).count(END) for place in everywhere}
 
     produce(config, log, pack=20)
     assert set(ends().values()) == {0}
@@ -371,21 +371,22 @@ def test_a_frozen_producer_that_wakes_doubles_nothing(cluster: Cluster, log: Pat
     assert found(config) == wanted(config, log.read_bytes().split(b"\n"))
 
 
-@pytest.mark.slow
-def test_a_transaction_left_open_by_other_files_is_waited_for(cluster: Cluster, log: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("decided", ["committed", "aborted"])
+def test_a_transaction_left_open_over_other_files_is_waited_for(cluster: Cluster, log: Path, decided: str) -> None:
     config = cluster(2)
-    other = tmp_path / "other.jsonl"
-    other.write_bytes(watch("u", 1_700_000_000_000) + b"\n")
-    run = words(config, log, other, "--speed", "600", "--set", "kafka.transaction_timeout_ms=1000")
-    process = Process("produce", run, tmp_path / "produce.log").start(trap="kill:call:commit_transaction:3")
-    deadline = time.monotonic() + 60
-    while process.running:
-        assert time.monotonic() < deadline, process.tail()
-        time.sleep(0.02)
-    assert process.exits == [-9], process.tail()
-    produce(config, log)
-    produce(config, log, other)
-    merged = found(config)
-    for path in (log, other):
-        for place, mine in wanted(config, path.read_bytes().split(b"\n")).items():
-            assert [line for line in merged[place] if line in set(mine)] == mine
+    whole = produce(config, log)["lines"]
+    with ProgressLog(config) as known:
+        known.refresh()
+        position = known.produced[str(log)]
+    anew = cluster(2)
+    other = Producer(settings.producer(anew, transactional_id=anew.named("produce-of-more-files")))
+    other.init_transactions()
+    other.begin_transaction()
+    other.produce(anew.named("progress"), position, progress_key(str(log)), partition=0)
+    other.flush(30)
+    with ThreadPoolExecutor(1) as pool:
+        running = pool.submit(produce, anew, log)
+        time.sleep(2)
+        assert not running.done()
+        other.commit_transaction() if decided == "committed" else other.abort_transaction()
+        assert running.result(60)["lines"] == (0 if decided == "committed" else whole)
