@@ -25,7 +25,6 @@ from streaming.kafka.lane import (
     Lane,
     Lost,
     Standing,
-    Step,
     made,
     offsets,
     stood,
@@ -75,22 +74,19 @@ class Pulse:
 class Ingest:
     """One instance of the consumer group `ingest`. `run` returns when told to stop, or at the end with `until_end`.
 
-    `on_step(step, partition)` is called before each step that Kafka could see: "open:fence", "open:read", "begin", "produce",
-    "offsets", "commit". `on_status` gets the counts from time to time. Raises UserError for missing topics and refused
-    credentials, Failure where Kafka has forgotten what was not read yet.
+    `on_status` gets the counts and how many partitions are open, twice a second. Raises UserError for missing topics and
+    refused credentials, Failure where Kafka has forgotten what was not read yet.
     """
 
     def __init__(
         self,
         config: Config,
         *,
-        on_step: Step = lambda step, partition: None,
         on_status: Callable[[Counts, int], None] = lambda counts, partitions: None,
     ) -> None:
         self._kafka = config.kafka
         self._idle = config.stream.idle_ms / 1000
         self._future_ms = config.semantics.stream.future_ms
-        self._on_step = on_step
         self._on_status = on_status
         self._owner = Partitioner(self._kafka.partitions, self._kafka.partitioner)
         self.counts = Counts()
@@ -195,17 +191,16 @@ class Ingest:
 
     def _open(self, partitions: list[int]) -> list[TopicPartition]:
         """Fences, and only then reads where to go on. Returns the offsets to read from."""
-        fenced = list(self._pool.map(lambda p: made(self._kafka, p, self._on_step, self._heard), partitions))
+        fenced = list(self._pool.map(lambda p: made(self._kafka, p, self._heard), partitions))
         found: list[TopicPartition] = []
         for partition, producer in zip(partitions, fenced, strict=True):
-            self._on_step("open:read", partition)
             places = self._consumer.committed([TopicPartition(topic, partition) for topic in self._topics], ANSWER_SECONDS)
             positions, standing = (
                 self._begin(partition, producer) if all(place.offset < 0 for place in places)
                 else stood(self._kafka, partition, places)
             )
             rules = Rules(partition, self._owner, self._future_ms)
-            lane = self._lanes[partition] = Lane(self._kafka, rules, producer, positions, standing, self._on_step)
+            lane = self._lanes[partition] = Lane(self._kafka, rules, producer, positions, standing)
             self._see(lane)
             found += [
                 TopicPartition(topic, partition, at.offset) for topic, at in zip(self._topics, positions, strict=True)
