@@ -13,7 +13,7 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Final
 
 import orjson
-from confluent_kafka import Consumer, KafkaException, Producer, TopicPartition
+from confluent_kafka import Consumer, KafkaError, KafkaException, Producer, TopicPartition
 
 from onerec.config import Config
 from onerec.errors import Failure, UserError
@@ -25,6 +25,7 @@ from streaming.kafka.lane import (
     Lane,
     Lost,
     Standing,
+    Step,
     made,
     offsets,
     stood,
@@ -39,6 +40,11 @@ TICK_SECONDS: Final = 0.01
 READ_LINES: Final = 20_000
 MOST_MESSAGES: Final = 10_000
 ANSWER_SECONDS: Final = 10.0
+REFUSED: Final = (
+    KafkaError.TOPIC_AUTHORIZATION_FAILED, KafkaError.GROUP_AUTHORIZATION_FAILED, KafkaError.CLUSTER_AUTHORIZATION_FAILED,
+    KafkaError.TRANSACTIONAL_ID_AUTHORIZATION_FAILED,
+)
+GRANTS: Final = "grant this user group, topics and transactional ids that begin with {0!r}"
 SETTLE_SECONDS: Final = 2.0
 """How long a transaction in flight may take once its partition is to be given away."""
 
@@ -74,20 +80,23 @@ class Pulse:
 class Ingest:
     """One instance of the consumer group `ingest`. `run` returns when told to stop, or at the end with `until_end`.
 
-    `on_status` gets the counts and how many partitions are open, twice a second. Raises UserError for missing topics and
-    refused credentials, Failure where Kafka has forgotten what was not read yet.
+    `on_step(step, partition)` is called before each step that Kafka could see: "open:fence", "open:read", "begin", "produce",
+    "offsets", "commit". `on_status` gets the counts and how many partitions are open, twice a second. Raises UserError for
+    missing topics and refused credentials, Failure where Kafka has forgotten what was not read yet.
     """
 
     def __init__(
         self,
         config: Config,
         *,
+        on_step: Step = lambda step, partition: None,
         on_status: Callable[[Counts, int], None] = lambda counts, partitions: None,
     ) -> None:
         self._kafka = config.kafka
         self._idle = config.stream.idle_ms / 1000
         self._future_ms = config.semantics.stream.future_ms
         self._on_status = on_status
+        self._on_step = on_step
         self._owner = Partitioner(self._kafka.partitions, self._kafka.partitioner)
         self.counts = Counts()
         self._newest: int | None = None
@@ -163,6 +172,8 @@ class Ingest:
                 f"kafka at {self._kafka.bootstrap} refuses us: {error.str()}; check kafka.sasl_* and kafka.ssl_*, or "
                 f"{settings.ENVIRONMENT}* in the environment"
             )
+        elif error.code() in REFUSED:
+            self._fault = UserError(f"kafka at {self._kafka.bootstrap}: {error.str()}; {GRANTS.format(self._kafka.prefix)}")
         elif error.code() in codes.AWAY:
             self._forget_idle(time.monotonic())
 
@@ -191,16 +202,17 @@ class Ingest:
 
     def _open(self, partitions: list[int]) -> list[TopicPartition]:
         """Fences, and only then reads where to go on. Returns the offsets to read from."""
-        fenced = list(self._pool.map(lambda p: made(self._kafka, p, self._heard), partitions))
+        fenced = list(self._pool.map(lambda p: made(self._kafka, p, self._on_step, self._heard), partitions))
         found: list[TopicPartition] = []
         for partition, producer in zip(partitions, fenced, strict=True):
+            self._on_step("open:read", partition)
             places = self._consumer.committed([TopicPartition(topic, partition) for topic in self._topics], ANSWER_SECONDS)
             positions, standing = (
                 self._begin(partition, producer) if all(place.offset < 0 for place in places)
                 else stood(self._kafka, partition, places)
             )
             rules = Rules(partition, self._owner, self._future_ms)
-            lane = self._lanes[partition] = Lane(self._kafka, rules, producer, positions, standing)
+            lane = self._lanes[partition] = Lane(self._kafka, rules, producer, positions, standing, self._on_step)
             self._see(lane)
             found += [
                 TopicPartition(topic, partition, at.offset) for topic, at in zip(self._topics, positions, strict=True)
@@ -242,6 +254,7 @@ class Ingest:
             for partition in partitions:
                 self._lanes.pop(partition, None)
                 self._reopen[partition] = now + 1.0
+            self._heard(error.args[0])
             if not error.args[0].retriable() and error.args[0].code() not in (*codes.AWAY, *codes.FENCED):
                 raise Failure(f"partitions {partitions} cannot be opened: {error.args[0].str()}") from None
             return
@@ -259,8 +272,15 @@ class Ingest:
         runs: dict[tuple[int, int], list[Raw]] = {}
         lines = count = 0
         for message in messages:
-            error = message.error()
-            partition, source = message.partition(), self._source[message.topic()]
+            error, topic = message.error(), message.topic()
+            if topic is None:
+                self._heard(error)
+                self._raise_fault()
+                if error.fatal():
+                    raise Failure(f"kafka at {self._kafka.bootstrap}: {error.str()}; start `onerec ingest` again")
+                self._forget_idle(now)
+                continue
+            partition, source = message.partition(), self._source[topic]
             if error is not None:
                 self._note(error, partition, source, now)
                 continue
@@ -296,6 +316,8 @@ class Ingest:
             )
         elif code in codes.NO_TOPIC:
             raise UserError(f"topic {self._topics[source]} is gone; `onerec topics --create` makes it")
+        elif code in REFUSED:
+            raise UserError(f"topic {self._topics[source]}: {error.str()}; grant this user the right to read it")
         else:
             self._forget_idle(now)
 

@@ -27,6 +27,8 @@ CALL_SECONDS: Final = 5.0
 AGAIN_HEADER: Final = "moved"
 """On a raw message that `ingest` has put into the right partition: the topic:partition:offset:line it came from."""
 
+Step = Callable[[str, int], None]
+
 
 class Standing(msgspec.Struct, kw_only=True):
     """What the offset of watch[p] carries beside itself: where `events` of the partition stands.
@@ -77,6 +79,7 @@ class Lane:
         producer: Producer,
         positions: Sequence[Position],
         standing: Standing,
+        on_step: Step,
     ) -> None:
         self.partition = rules.partition
         self.newest = standing.newest
@@ -89,6 +92,7 @@ class Lane:
         self.marked_at = 0.0
         self.gathered_at: float | None = None
         self._config = config
+        self._on_step = on_step
         self._producer = producer
         self._rules = rules
         self._item_rules = rules._replace(partition=-1)
@@ -198,7 +202,9 @@ class Lane:
         counts, messages, asides = self._counts, self._messages, self._asides
         self._fresh()
         try:
+            self._on_step("begin", self.partition)
             self._producer.begin_transaction()
+            self._on_step("produce", self.partition)
             self._send(messages)
             for aside in asides:
                 self._send_aside(aside, counts)
@@ -247,8 +253,10 @@ class Lane:
 
     def _commit(self, places: list[TopicPartition], group: Any, counts: Counts) -> Counts:
         """Ends the transaction, however long the broker is away; Lost says that nothing of it has happened, or who knows."""
+        self._on_step("offsets", self.partition)
         try:
             self._retried(lambda: self._producer.send_offsets_to_transaction(places, group, CALL_SECONDS))
+            self._on_step("commit", self.partition)
             self._retried(lambda: self._producer.commit_transaction(CALL_SECONDS))
         except KafkaException as error:
             code: KafkaError = error.args[0]
@@ -326,8 +334,9 @@ def stood(config: KafkaConfig, partition: int, committed: Sequence[TopicPartitio
     return [Position(place.offset, taken) for place, taken in zip(committed, lines, strict=True)], standing
 
 
-def made(config: KafkaConfig, partition: int, error_cb: Callable[[Any], None]) -> Producer:
+def made(config: KafkaConfig, partition: int, on_step: Step, error_cb: Callable[[Any], None]) -> Producer:
     """The partition's producer; whoever had it before is fenced and what he had begun is aborted."""
+    on_step("open:fence", partition)
     producer = Producer(
         settings.producer(config, transactional_id=config.named(f"ingest-{partition}")) | {"error_cb": error_cb}
     )
