@@ -14,12 +14,19 @@ from streaming.kafka.settings import TOPICS, KafkaConfig, Topic, client
 
 if TYPE_CHECKING:
     from confluent_kafka import KafkaError
-    from confluent_kafka.admin import AdminClient, TopicMetadata
+    from confluent_kafka.admin import AdminClient, TopicDescription
 
 REACH_SECONDS: Final = 10.0
 """How long a broker may take for its first answer."""
 AT_LEAST: Final = ("retention.ms", "max.message.bytes")
 """Settings that may be larger than asked (-1: without end); cleanup.policy has to be the same."""
+
+_HOPELESS: Final = ("_AUTHENTICATION", "SASL_AUTHENTICATION_FAILED", "_SSL")
+_SETTINGS: Final = {
+    "ssl.key.location": "ssl_key with kafka.ssl_key_password_file", "ssl.certificate.location": "ssl_certificate",
+    "ssl.ca.location": "ssl_ca", "SASL mechanism": "sasl_mechanism", "bootstrap.servers": "bootstrap (--bootstrap)",
+}
+"""What librdkafka calls a setting in a complaint → what it is called here."""
 
 
 class State(msgspec.Struct, kw_only=True):
@@ -27,6 +34,8 @@ class State(msgspec.Struct, kw_only=True):
 
     topic: str
     there: bool
+    led: bool = False
+    """Every partition has a leader."""
     partitions: int | None = None
     expected_partitions: int
     replication: int | None = None
@@ -50,20 +59,24 @@ def admin(config: KafkaConfig, seconds: float = REACH_SECONDS) -> AdminClient:
         found = AdminClient(table)
     except KafkaException as error:
         raise _refused(config, error.args[0]) from None
-    deadline = time.monotonic() + seconds
+    answer = found.describe_cluster(request_timeout=seconds)
     while True:
         try:
-            found.list_topics(timeout=0.5)
+            answer.result(timeout=0.05)
             return found
         except KafkaException as error:
-            last = error.args[0]
-        found.poll(0)
-        for fault in said:
-            if fault.name() in ("_AUTHENTICATION", "_SSL", "SASL_AUTHENTICATION_FAILED"):
-                raise _refused(config, fault)
-        if time.monotonic() >= deadline:
             known = [fault for fault in said if fault.name() not in ("_ALL_BROKERS_DOWN", "_TIMED_OUT")]
-            raise _refused(config, known[-1] if known else last)
+            raise _refused(config, known[-1] if known else error.args[0]) from None
+        except TimeoutError:
+            found.poll(0)
+        for fault in said:
+            if fault.name() in _HOPELESS or _is_tls(fault):
+                raise _refused(config, fault)
+
+
+def _is_tls(error: KafkaError) -> bool:
+    # What the broker objects to in TLS 1.3 arrives after the handshake, as a broken connection.
+    return error.name() == "_SSL" or "SSL routines" in error.str()
 
 
 def _refused(config: KafkaConfig, error: KafkaError) -> UserError:
@@ -74,13 +87,17 @@ def _refused(config: KafkaConfig, error: KafkaError) -> UserError:
             f"{where} refuses the credentials ({said}); set kafka.sasl_username, kafka.sasl_password_file and "
             "kafka.sasl_mechanism, or ONEREC_KAFKA_SASL_USERNAME, _SASL_PASSWORD and _SASL_MECHANISM, as on the broker"
         )
-    if name == "_SSL":
+    if name in ("_INVALID_ARG", "_NOT_IMPLEMENTED"):
+        ours = [f"kafka.{setting}" for theirs, setting in _SETTINGS.items() if theirs in said]
+        return UserError(
+            f"Kafka's client refuses a setting: {said}; correct {' or '.join(ours) or 'section [kafka]'}, or its "
+            "ONEREC_KAFKA_ variable in the environment"
+        )
+    if _is_tls(error):
         return UserError(
             f"{where}: TLS failed ({said}); kafka.ssl_ca is the authority that signed the broker's certificate, whose names "
             "hold the host given, and kafka.ssl_certificate with kafka.ssl_key is what a broker that asks for one trusts"
         )
-    if name in ("_INVALID_ARG", "_NOT_IMPLEMENTED"):
-        return UserError(f"Kafka's client refuses a setting: {said}; correct section [kafka] or the ONEREC_KAFKA_ variables")
     return UserError(
         f"{where} does not answer ({said}); is it running (`onerec kafka up`), is --bootstrap its address, and is "
         "kafka.security_protocol that of its listener?"
@@ -91,14 +108,13 @@ def _partitions(config: KafkaConfig, topic: Topic) -> int:
     return config.partitions if topic.by_user else 1
 
 
-def describe(config: KafkaConfig, names: Iterable[str] = TOPICS, *, client: AdminClient | None = None) -> list[State]:
+def describe(config: KafkaConfig, names: Iterable[str] = TOPICS, *, via: AdminClient | None = None) -> list[State]:
     """The topics as they are, with every fault and its remedy. Raises UserError as `admin` does."""
     from confluent_kafka.admin import ConfigResource, ResourceType
 
-    connected = client or admin(config)
+    connected = via or admin(config)
     names = list(names)
-    cluster = connected.list_topics(timeout=REACH_SECONDS).topics
-    states = [_state(config, TOPICS[name], cluster.get(config.named(name))) for name in names]
+    states = _states(config, connected, names)
     there = [(name, state) for name, state in zip(names, states, strict=True) if state.there]
     resources = {state.topic: ConfigResource(ResourceType.TOPIC, state.topic) for _, state in there}
     found = connected.describe_configs(list(resources.values())) if resources else {}
@@ -108,20 +124,35 @@ def describe(config: KafkaConfig, names: Iterable[str] = TOPICS, *, client: Admi
     return states
 
 
-def _state(config: KafkaConfig, topic: Topic, found: TopicMetadata | None) -> State:
-    state = State(
-        topic=config.named(topic.name), there=False, expected_partitions=_partitions(config, topic), settings=topic.settings
-    )
-    error = found.error if found is not None else None
-    if found is None or (error is not None and error.name() == "UNKNOWN_TOPIC_OR_PART"):
-        state.faults.append("missing; `onerec topics --create` makes it")
-        return state
-    if error is not None and error.name() == "TOPIC_AUTHORIZATION_FAILED":
-        state.faults.append("this user may not see it; grant it on the cluster")
-        return state
+def _states(config: KafkaConfig, connected: AdminClient, names: list[str]) -> list[State]:
+    """By name, because a list of all topics leaves out those that this user may not see."""
+    from confluent_kafka import KafkaException, TopicCollection
+
+    found = connected.describe_topics(TopicCollection([config.named(name) for name in names]))
+    states = []
+    for name in names:
+        topic = TOPICS[name]
+        state = State(
+            topic=config.named(name), there=False, expected_partitions=_partitions(config, topic), settings=topic.settings
+        )
+        states.append(state)
+        future = found[state.topic]
+        error = future.exception(timeout=60)
+        code = error.args[0].name() if isinstance(error, KafkaException) else ""
+        if code == "UNKNOWN_TOPIC_OR_PART":
+            state.faults.append("missing; `onerec topics --create` makes it")
+        elif code == "TOPIC_AUTHORIZATION_FAILED":
+            state.faults.append("this user may not see it; grant it on the cluster (Describe, Read and Write)")
+        else:
+            _fill(config, state, topic, _done(config, future, f"topic {state.topic}"))
+    return states
+
+
+def _fill(config: KafkaConfig, state: State, topic: Topic, found: TopicDescription) -> None:
     state.there = True
     state.partitions = len(found.partitions)
-    state.replication = min((len(partition.replicas) for partition in found.partitions.values()), default=None)
+    state.led = all(partition.leader is not None and partition.leader.id >= 0 for partition in found.partitions)
+    state.replication = min((len(partition.replicas) for partition in found.partitions), default=None)
     if state.partitions != state.expected_partitions:
         state.faults.append(_wrong_count(config, topic, state.partitions))
     if state.replication is not None and state.replication < config.replication:
@@ -129,7 +160,6 @@ def _state(config: KafkaConfig, topic: Topic, found: TopicMetadata | None) -> St
             f"replication {state.replication} where kafka.replication is {config.replication}; raise it with Kafka's "
             "kafka-reassign-partitions, or set kafka.replication to what it is"
         )
-    return state
 
 
 def _wrong_count(config: KafkaConfig, topic: Topic, count: int) -> str:
@@ -169,7 +199,7 @@ def create(config: KafkaConfig, names: Iterable[str] = TOPICS) -> list[State]:
 
     connected = admin(config)
     names = list(names)
-    states = describe(config, names, client=connected)
+    states = describe(config, names, via=connected)
     missing = [
         NewTopic(
             state.topic, num_partitions=state.expected_partitions, replication_factor=config.replication,
@@ -201,14 +231,8 @@ def _settled(config: KafkaConfig, connected: AdminClient, names: list[str]) -> l
     """Brokers learn of a change one after another; what they say is believed once it holds no gap, or after a while."""
     deadline = time.monotonic() + REACH_SECONDS
     while True:
-        states = describe(config, names, client=connected)
-        leaders = connected.list_topics(timeout=REACH_SECONDS).topics
-        led = all(
-            partition.leader >= 0
-            for state in states if state.there
-            for partition in leaders[state.topic].partitions.values()
-        )
-        if (led and all(state.there and not state.mendable for state in states)) or time.monotonic() > deadline:
+        states = describe(config, names, via=connected)
+        if all(state.led and not state.mendable for state in states) or time.monotonic() > deadline:
             return states
         time.sleep(0.1)
 
@@ -218,8 +242,8 @@ def require(config: KafkaConfig, names: Iterable[str], seconds: float = REACH_SE
 
     Raises UserError with the remedy: a topic missing, a wrong count, credentials refused, or no broker within `seconds`.
     """
-    cluster = admin(config, seconds).list_topics(timeout=REACH_SECONDS).topics
-    states = [_state(config, TOPICS[name], cluster.get(config.named(name))) for name in names]
+    connected = admin(config, seconds)
+    states = _states(config, connected, list(names))
     wrong = [state for state in states if not state.there or state.partitions != state.expected_partitions]
     if wrong:
         raise UserError(f"Kafka at {config.bootstrap}: " + "; ".join(told(wrong)))
