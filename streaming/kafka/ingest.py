@@ -125,6 +125,11 @@ class Ingest:
             | {"error_cb": self._heard, "stats_cb": self._pulse.heard}
         )
 
+    @property
+    def partitions(self) -> list[int]:
+        """Those that this instance has open."""
+        return sorted(self._lanes)
+
     def stop(self) -> None:
         """Makes `run` end cleanly; from a signal handler too."""
         self._stopping = True
@@ -282,7 +287,7 @@ class Ingest:
                 continue
             partition, source = message.partition(), self._source[topic]
             if error is not None:
-                self._note(error, partition, source, now)
+                self._note(error, partition, source, message.offset(), now)
                 continue
             lane = self._lanes.get(partition)
             if lane is None:
@@ -302,12 +307,12 @@ class Ingest:
         if count:
             self._most = max(10, min(MOST_MESSAGES, READ_LINES * count // lines))
 
-    def _note(self, error: Any, partition: int, source: int, now: float) -> None:
+    def _note(self, error: Any, partition: int, source: int, offset: int, now: float) -> None:
         code = error.code()
         if code == codes.END_OF_PARTITION:
             lane = self._lanes.get(partition)
             if lane is not None:
-                lane.since[source] = now
+                lane.since[source], lane.ends[source] = now, offset
         elif code == codes.FORGOTTEN:
             raise Failure(
                 f"Kafka has forgotten offsets of {self._topics[source]}, partition {partition}, that were not read yet: "
@@ -374,9 +379,20 @@ class Ingest:
 
     def _ended(self) -> bool:
         """Whether every partition has passed an end marker, and nothing is left to read or write."""
-        return bool(self._assigned) and len(self._lanes) == len(self._assigned or ()) and all(
-            lane.closed and lane.empty and None not in lane.since for lane in self._lanes.values()
-        )
+        lanes = list(self._lanes.values())
+        if not lanes or len(lanes) < len(self._assigned or ()):
+            return False
+        if not all(lane.closed and lane.empty and None not in lane.since for lane in lanes):
+            return False
+        # Another partition may have put lines into one of ours since its end was reached.
+        places = [
+            (TopicPartition(topic, lane.partition), lane.ends[number])
+            for lane in lanes for number, topic in enumerate(self._topics)
+        ]
+        try:
+            return all(self._consumer.get_watermark_offsets(place, timeout=ANSWER_SECONDS)[1] <= end for place, end in places)
+        except KafkaException:
+            return False
 
     def _settle(self, lane: Lane, seconds: float) -> None:
         """Waits for the transaction in flight; what becomes of a lost one is the next owner's to find out."""

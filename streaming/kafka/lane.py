@@ -23,6 +23,8 @@ PACK_LINES: Final = 200
 ROOM: Final = 20_000
 """Lines gathered for a transaction, about; with as many in flight."""
 ROOM_ASIDES: Final = 20_000
+MARK_SECONDS: Final = 1.0
+"""Between two time markers of a partition at least."""
 CALL_SECONDS: Final = 5.0
 AGAIN_HEADER: Final = "moved"
 """On a raw message that `ingest` has put into the right partition: the topic:partition:offset:line it came from."""
@@ -90,6 +92,8 @@ class Lane:
         self.since: list[float | None] = [None, None, None]
         """Monotonic time since which there has been nothing to read, by source; None while there may be."""
         self.marked_at = 0.0
+        self.ends = [-1, -1, -1]
+        """Offset of the end, by source, when it was last reached."""
         self.gathered_at: float | None = None
         self._config = config
         self._on_step = on_step
@@ -180,7 +184,7 @@ class Lane:
 
     def mark(self, ts: int, now: float) -> None:
         """Puts a time marker into the quiet partition, if it moves time on there."""
-        if self.closed or (self.newest is not None and ts <= self.newest):
+        if self.closed or (self.newest is not None and ts <= self.newest) or now - self.marked_at < MARK_SECONDS:
             return
         self._pack()
         self._messages.append((time_marker(ts), self._stamp))
