@@ -33,7 +33,7 @@ class Job(msgspec.Struct, frozen=True, kw_only=True):
 
     `once` is restarted until it succeeds, `service` whenever it ends, `periodic` runs every `every_s` seconds, never
     twice at a time. None starts before `ready()` says so. Exit status 2 means that the request itself is wrong, which
-    no restart mends: it ends the whole run unless `retry_user_errors`.
+    no restart mends: it ends the whole run unless `retry_user_errors`. One that `outlives` the others is stopped after them.
     """
 
     name: str
@@ -42,6 +42,7 @@ class Job(msgspec.Struct, frozen=True, kw_only=True):
     every_s: float = 0.0
     ready: Callable[[], bool] = _always
     retry_user_errors: bool = False
+    outlives: bool = False
 
 
 class _Child:
@@ -168,6 +169,10 @@ class Supervisor:
     def stop(self) -> None:
         """End the children: SIGTERM to all, then SIGKILL to the groups of those still there after the grace time."""
         running = [child for child in self._children if child.process is not None]
+        self._end([child for child in running if not child.job.outlives])
+        self._end([child for child in running if child.job.outlives])
+
+    def _end(self, running: list[_Child]) -> None:
         for child in running:
             if child.process is not None and child.process.poll() is None:
                 child.process.send_signal(signal.SIGTERM)

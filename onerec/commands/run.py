@@ -13,15 +13,27 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from onerec.console import ConfigOption, JsonOption, RepositoryOption, RunOption, SetOption, StateOption, err, out
+from onerec.console import (
+    BootstrapOption,
+    ConfigOption,
+    JsonOption,
+    RepositoryOption,
+    RunOption,
+    SetOption,
+    StateOption,
+    err,
+    out,
+)
 from onerec.console import print_json as print_json_line
 from onerec.errors import UserError
+from onerec.kafka_jobs import answers, kafka_jobs
 
 if TYPE_CHECKING:
     from exporter.server import Ports
     from onerec.freshness import Chain
     from onerec.probe import Findings
     from onerec.supervisor import Job
+    from streaming.kafka.settings import KafkaConfig
 
 SESSIONS_FOR_CATALOGUE = 500
 """Sessions that must be there before semantic IDs are fitted, unless the replay ends with fewer."""
@@ -125,15 +137,23 @@ def run(
     http_port: Annotated[int, typer.Option(help="Triton's HTTP port; 0 takes a free one.")] = 8000,
     grpc_port: Annotated[int, typer.Option(help="Triton's gRPC port; 0 takes a free one.")] = 8001,
     metrics_port: Annotated[int, typer.Option(help="Triton's metrics port; 0 takes a free one.")] = 8002,
+    kafka: Annotated[bool, typer.Option("--kafka", help="Through Kafka; without --bootstrap, an own one in RUN.")] = False,
+    workers: Annotated[int, typer.Option(min=1, help="With --kafka: `onerec stream` processes.")] = 1,
+    bootstrap: BootstrapOption = None,
     config: ConfigOption = None,
     settings: SetOption = None,
 ) -> None:
     """Replay, learn, publish and serve at once, until Ctrl-C.
 
     Each part is a child process, a normal `onerec` command whose output is in RUN/logs. One that dies is restarted and
-    that is said; at the end all are stopped, and the same command goes on from where they were.
+    that is said; at the end all are stopped, and the same command goes on from where they were. With --kafka the events go
+    through a real Kafka: produce, ingest, stream, feed for the trainer, histories-replica for Triton.
 
-    Example: `onerec run --simulate --speed 3600 --state state --run run --repository repository`
+    Examples:
+
+        onerec run --simulate --speed 3600 --state state --run run --repository repository
+
+        onerec run --simulate --kafka --workers 2 --speed 3600 --state state --run run --repository repository
     """
     from exporter.server import Ports, choose_ports
     from onerec.config import load_config
@@ -145,7 +165,14 @@ def run(
         raise UserError("run: name event files, or give --simulate, one of the two")
     if publish_every <= 0 or (duration is not None and duration <= 0) or (speed is not None and speed <= 0):
         raise UserError("run: --publish-every, --duration and --speed must be greater than 0")
-    load_config(config, settings)
+    if bootstrap and not kafka:
+        raise UserError("run: --bootstrap names a Kafka; give --kafka too, or leave it out")
+    cluster = load_config(config, settings, bootstrap).kafka
+    if kafka and not bootstrap and answers(cluster.bootstrap):
+        raise UserError(
+            f"run --kafka: somebody listens at {cluster.bootstrap} already; give --bootstrap {cluster.bootstrap} to use that "
+            "broker, or --set kafka.bootstrap=127.0.0.1:PORT for the own one"
+        )
     ports = None if server else choose_ports(Ports(http=http_port, grpc=grpc_port, metrics=metrics_port))
     address = f"{ports.host}:{ports.grpc}" if ports else str(server)
     for folder in (run_dir, repository):
@@ -162,6 +189,7 @@ def run(
         files=files or [], state=state, run_dir=run_dir, repository=repository, items=items, simulate=simulate,
         replay_options=replay, shared=shared, preset=preset, ports=ports, address=address, publish_every=publish_every,
         done=lambda name: supervisor.done(name),
+        kafka=(cluster, bootstrap is None, workers) if kafka else None,
     )
     began = time.monotonic()
 
@@ -193,7 +221,7 @@ def run(
 
 def _jobs(*, files: list[Path], state: Path, run_dir: Path, repository: Path, items: Path | None, simulate: bool,
           replay_options: list[str], shared: list[str], preset: str, ports: Ports | None, address: str,
-          publish_every: float, done: Callable[[str], bool]) -> list[Job]:
+          publish_every: float, done: Callable[[str], bool], kafka: tuple[KafkaConfig, bool, int] | None) -> list[Job]:
     """The children of `onerec run`, each with what it waits for."""
     from onerec.supervisor import Job
 
@@ -212,19 +240,34 @@ def _jobs(*, files: list[Path], state: Path, run_dir: Path, repository: Path, it
         inputs += ["--items", items]
     catalogue = state / "catalogue"
     news = _News(state, run_dir, repository)
+    histories = state
+
+    def ready() -> bool:
+        return files[0].exists() or not simulate
+
+    if kafka is None:
+        source = "replay"
+        jobs.append(Job(name="replay", kind="once", ready=ready,
+                        command=command("replay", *inputs, "--state", state, *replay_options, *shared)))
+    else:
+        source = "produce"
+        cluster, own_broker, workers = kafka
+        carriers, histories = kafka_jobs(
+            command, inputs=inputs, ready=ready, done=done, bootstrap=cluster.bootstrap, own_broker=own_broker,
+            workers=workers, partitions=cluster.partitions, state=state, run_dir=run_dir, options=replay_options, shared=shared,
+        )
+        jobs += carriers
     jobs += [
-        Job(name="replay", kind="once", ready=lambda: files[0].exists() or not simulate,
-            command=command("replay", *inputs, "--state", state, *replay_options, *shared)),
         Job(name="items", kind="once", retry_user_errors=True,
-            ready=_throttled(lambda: catalogue.is_dir() or done("replay") or _has_sessions(state)),
+            ready=_throttled(lambda: catalogue.is_dir() or done(source) or _has_sessions(state)),
             command=command("items", "--state", state, *shared)),
         Job(name="train", ready=lambda: done("items"),
             command=command("train", "--state", state, "--run", run_dir, "--follow", "--preset", preset,
                             "--set", f"train.checkpoint_seconds={publish_every}", *shared)),
     ]
     if ports:
-        jobs.append(Job(name="serve", ready=state.is_dir, command=command(
-            "serve", "--repository", repository, "--state", state, "--http-port", str(ports.http),
+        jobs.append(Job(name="serve", ready=histories.is_dir, command=command(
+            "serve", "--repository", repository, "--state", histories, "--http-port", str(ports.http),
             "--grpc-port", str(ports.grpc), "--metrics-port", str(ports.metrics), *shared)))
     jobs.append(Job(name="publish", kind="periodic", every_s=publish_every, retry_user_errors=True,
                     ready=_throttled(news), command=command("publish", "--run", run_dir, "--repository", repository,

@@ -79,6 +79,7 @@ def test_damage_is_said_and_does_not_hide_the_rest(tmp_path: Path) -> None:
         (["a.jsonl", "--simulate"], "--simulate"),
         (["--simulate", "--speed", "0"], "--speed"),
         (["--simulate", "--set", "session.gap=1"], "gap_ms"),
+        (["--simulate", "--bootstrap", "127.0.0.1:1"], "--kafka"),
     ],
 )
 def test_run_refuses_what_it_cannot_do(tmp_path: Path, words: list[str], said: str) -> None:
@@ -102,6 +103,12 @@ def test_a_child_with_a_wrong_request_ends_the_run_with_its_words(tmp_path: Path
     result = onerec("run", tmp_path / "missing.jsonl", *places, *ports)
     assert result.returncode == 2
     assert "missing.jsonl" in result.stderr
+
+
+def free_port() -> int:
+    """A port that is free now."""
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        return taken.getsockname()[1]
 
 
 def alive(pid: int) -> bool:
@@ -135,17 +142,25 @@ class Said:
 
 
 @pytest.mark.slow
-def test_run_learns_serves_mends_itself_and_leaves_nothing_running(tmp_path: Path) -> None:
+@pytest.mark.parametrize("kafka", [False, True], ids=["embedded", "kafka"])
+def test_run_learns_serves_mends_itself_and_leaves_nothing_running(tmp_path: Path, kafka: bool) -> None:
     events, items = world(tmp_path)
     places = ["--state", tmp_path / "state", "--run", tmp_path / "run", "--repository", tmp_path / "repository"]
     words = ["run", events, "--items", items, *places, "--speed", "20000", "--publish-every", "5", "--http-port", "0",
              "--grpc-port", "0", "--metrics-port", "0", "--set", "beam.width=8", "--set", "train.threads=1"]
+    if kafka:
+        cluster = [f"kafka.bootstrap=127.0.0.1:{free_port()}", "--set", "kafka.partitions=2"]
+        words += ["--kafka", "--workers", "2", "--set", *cluster]
     process = subprocess.Popen([*ONEREC, *map(str, words)], stderr=subprocess.PIPE, text=True)
     said = Said(process)
     try:
         [trainer] = said.wait_for(r"train started \(pid (\d+)\)", 120)
         said.wait_for(r"\(version \d+ answers\)", 400)
         subprocess.run(["kill", "-9", trainer], check=True)
+        if kafka:
+            carriers = re.findall(r"(?:ingest|stream-1|feed) started \(pid (\d+)\)", said.text)
+            subprocess.run(["kill", "-9", *carriers], check=True)
+            said.wait_for(r"(?:ingest|stream-1|feed) started", 20, count=6)
         said.wait_for("train was killed by SIGKILL", 20)
         said.wait_for(r"train started", 20, count=2)
         [address] = re.findall(r"Triton gRPC (\S+),", said.text)
@@ -164,4 +179,4 @@ def test_run_learns_serves_mends_itself_and_leaves_nothing_running(tmp_path: Pat
     assert not [pid for pid in started if alive(pid)]
     here = str(tmp_path).encode()
     commands = [path.read_bytes() for path in Path("/proc").glob("[0-9]*/cmdline") if alive(int(path.parent.name))]
-    assert not [command for command in commands if here in command and b"tritonserver" in command]
+    assert not [command for command in commands if here in command and (b"tritonserver" in command or b"java" in command)]

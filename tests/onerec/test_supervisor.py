@@ -144,3 +144,20 @@ def test_logs_that_cannot_be_written_are_a_user_error(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(UserError, match="--run"), Supervisor([], tmp_path / "file" / "logs", say=print):
         pass
+
+
+def test_what_outlives_the_others_is_stopped_after_them(tmp_path: Path) -> None:
+    note = tmp_path / "note"
+    waits = "import signal, sys, time\nsignal.signal(15, lambda *_: sys.exit(0))\nprint('up', flush=True)\ntime.sleep(60)"
+    # The client ends half a second after it was told to; the server says whether the client's word is there by then.
+    word = f"pathlib.Path({str(note)!r})"
+    client = f"import atexit, pathlib\natexit.register(lambda: (time.sleep(0.5), {word}.write_text('done')))\n"
+    server = f"import atexit, pathlib\natexit.register(lambda: print('saw', {word}.exists()))\n"
+    jobs = [
+        Job(name="server", command=(sys.executable, "-c", server + waits), outlives=True),
+        Job(name="client", command=(sys.executable, "-c", client + waits)),
+    ]
+    with Supervisor(jobs, tmp_path / "logs", say=lambda line: None) as supervisor:
+        supervisor.step()
+        until(lambda: all(supervisor.log_path(name).read_text().endswith("up\n") for name in ("server", "client")))
+    assert supervisor.log_path("server").read_text().endswith("saw True\n")

@@ -1,0 +1,75 @@
+"""The children of `onerec run --kafka`: a broker where none is named, and what carries events through it."""
+
+from __future__ import annotations
+
+import socket
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from onerec.supervisor import Job
+
+Command = Callable[..., tuple[str, ...]]
+
+
+def answers(bootstrap: str) -> bool:
+    """Whether somebody listens at the first of the addresses."""
+    host, _, port = bootstrap.split(",")[0].rpartition(":")
+    try:
+        with socket.create_connection((host, int(port)), timeout=1.0):
+            return True
+    except OSError:
+        return False
+
+
+def kafka_jobs(
+    command: Command,
+    *,
+    inputs: Sequence[str | Path],
+    ready: Callable[[], bool],
+    done: Callable[[str], bool],
+    bootstrap: str,
+    own_broker: bool,
+    workers: int,
+    partitions: int,
+    state: Path,
+    run_dir: Path,
+    options: Sequence[str],
+    shared: Sequence[str],
+) -> tuple[list[Job], Path]:
+    """Jobs from files to the session log in `state`, and the folder of the histories that serving reads.
+
+    `inputs` and `options` are those of `onerec produce`; nothing is produced before `ready()`.
+    """
+    replica = run_dir / "replica"
+    there = ["--bootstrap", bootstrap, *shared]
+
+    def up() -> bool:
+        return answers(bootstrap)
+
+    def topics() -> bool:
+        return done("topics")
+
+    jobs: list[Job] = []
+    if own_broker:
+        port = bootstrap.rpartition(":")[2]
+        # Last of all, so that whoever writes can end its transaction.
+        jobs.append(
+            Job(name="kafka", outlives=True, command=command("kafka", "up", "--dir", run_dir / "kafka", "--port", port))
+        )
+    # A broker that is away is no fault of theirs: whoever starts meanwhile tries again.
+    jobs += [
+        Job(name="topics", kind="once", ready=up, retry_user_errors=own_broker,
+            command=command("topics", "--create", "--partitions", str(partitions), *there)),
+        Job(name="ingest", ready=topics, retry_user_errors=True, command=command("ingest", *there)),
+        *(
+            Job(name=f"stream-{number}", ready=topics, retry_user_errors=True,
+                command=command("stream", "--state", run_dir / f"worker-{number}", *there))
+            for number in range(1, workers + 1)
+        ),
+        Job(name="feed", ready=topics, retry_user_errors=True, command=command("feed", "--state", state, *there)),
+        Job(name="histories-replica", ready=topics, retry_user_errors=True,
+            command=command("histories-replica", "--state", replica, *there)),
+        Job(name="produce", kind="once", ready=lambda: topics() and ready(),
+            command=command("produce", *inputs, "--end", *options, *there)),
+    ]
+    return jobs, replica
