@@ -166,8 +166,8 @@ class StreamApp:
             autodiscover=False,
         )
         app.engine = self._engine
-        app.on_partitions_revoked.connect(self._revoked)
-        app.on_rebalance_complete.connect(self._balanced)
+        app.on_partitions_revoked.connect(cast(Any, self._revoked))
+        app.on_rebalance_complete.connect(cast(Any, self._balanced))
         topic = app.topic(
             self._topic, key_type=bytes, value_type=bytes, key_serializer="raw", value_serializer="raw", allow_empty=True
         )

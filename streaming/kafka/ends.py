@@ -18,7 +18,7 @@ from onerec.errors import Failure
 from streaming.kafka import codes, settings
 from streaming.kafka.settings import KafkaConfig
 
-SECONDS: Final = 1.0
+SECONDS: Final = 0.5
 """Between two questions to the broker."""
 ANSWER_SECONDS: Final = 10.0
 PROBE_SECONDS: Final = 5.0
