@@ -99,7 +99,7 @@ class Tracked(io.RawIOBase):
 
     def _damaged(self, what: str) -> UserError:
         return UserError(
-            f"{self.name}: damaged or truncated after {self.consumed:,} bytes ({what}); what came before it is in the state. "
+            f"{self.name}: damaged or truncated after {self.consumed:,} bytes ({what}); what came before it is kept. "
             "Give the whole file under the same name and run the same command again"
         )
 

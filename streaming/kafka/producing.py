@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from queue import Empty, Queue
+from threading import Thread
 from typing import Any, Final, NamedTuple
 
 import msgspec
@@ -178,17 +180,29 @@ class Produce:
         self._on_step(Step(self.counts, sum(fractions) / len(fractions) if fractions else None))
 
     def _plain(self, source: Source) -> None:
-        """One source flat out: whole blocks."""
-        began = self._clock.monotonic()
+        """One source flat out: whole blocks; what trickles in is committed once nothing more comes for `linger_ms`."""
+        linger = self._config.linger_ms / 1000
+        ahead = _Ahead(source.batches(self._max_ts))
         done: tuple[int, int] | None = None
-        for batch in source.batches(self._max_ts):
-            self._take(source, batch)
-            done = batch.first + len(batch.records) - 1, batch.bytes_after
-            if self._full() or self._clock.monotonic() - began > TRANSACTION_SECONDS:
+        began = 0.0
+        while True:
+            item = ahead.get(None if done is None else linger)
+            if isinstance(item, Batch):
+                began = self._clock.monotonic() if done is None else began
+                self._take(source, item)
+                done = item.first + len(item.records) - 1, item.bytes_after
+                gathered = self._clock.monotonic() - began
+                if not (self._full() or gathered > TRANSACTION_SECONDS or (gathered > linger and ahead.empty())):
+                    continue
+            if done is not None:
                 self._commit({source.name: _produced(source.position(*done))})
-                began, done = self._clock.monotonic(), None
-        if done is not None:
-            self._commit({source.name: _produced(source.position(*done))})
+                done = None
+            if isinstance(item, BaseException):
+                # What came before a damaged place is committed first.
+                self._outbox.settle()
+                raise item
+            if item is _NO_MORE:
+                return
 
     def _full(self) -> bool:
         return self._outbox.lines >= TRANSACTION_LINES or self._outbox.bytes >= TRANSACTION_BYTES
@@ -278,6 +292,37 @@ class Produce:
                 pace.wait(head.ts)
             cursor.take()
             self._row(cursor.source, head.record[1])
+
+
+_NO_MORE: Final = object()
+
+
+class _Ahead:
+    """Reads batches in a thread of its own, two ahead, so that a source with nothing to give holds nothing up."""
+
+    def __init__(self, batches: Iterator[Batch]) -> None:
+        self._queue: Queue[object] = Queue(2)
+        # Left behind in its read when the run is interrupted.
+        Thread(target=self._read, args=(batches,), daemon=True).start()
+
+    def _read(self, batches: Iterator[Batch]) -> None:
+        try:
+            for batch in batches:
+                self._queue.put(batch)
+            self._queue.put(_NO_MORE)
+        except BaseException as error:
+            self._queue.put(error)
+
+    def empty(self) -> bool:
+        """Whether nothing is read ahead."""
+        return self._queue.empty()
+
+    def get(self, timeout: float | None) -> object:
+        """A batch, _NO_MORE at the end, the error that ended it, or None if nothing came within `timeout` seconds."""
+        try:
+            return self._queue.get(timeout=timeout)
+        except Empty:
+            return None
 
 
 def _produced(position: Position) -> Produced:

@@ -6,6 +6,8 @@ import gzip
 import json
 import os
 import random
+import subprocess
+import sys
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterable
@@ -223,6 +225,38 @@ def test_end_markers_go_everywhere_once_and_again_after_more_lines(cluster: Clus
     assert found(config)["watch", partition_of("u", 3, "crc32")][-2:] == [watch("u", 1_800_000_000_000), END]
     produce(config, end=True)
     assert set(ends().values()) == {3}, "markers alone, without a file"
+
+
+def test_lines_of_a_pipe_are_there_before_it_ends(cluster: Cluster) -> None:
+    config = cluster(1)
+    source = [watch(f"u{n}", 1_700_000_000_000 + n) for n in range(3)]
+    run = [sys.executable, "-m", "onerec.cli", *words(config, "-", "--pack", "100")]
+    process = subprocess.Popen(run, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    assert process.stdin is not None
+    process.stdin.write(b"\n".join(source[:2]) + b"\n")
+    process.stdin.flush()
+    deadline = time.monotonic() + 60
+    while found(config) != {("watch", 0): source[:2]}:
+        assert time.monotonic() < deadline and process.poll() is None
+        time.sleep(0.05)
+    said, _ = process.communicate(source[2] + b"\n", timeout=60)
+    assert process.returncode == 0 and orjson.loads(said)["lines"] == 3
+    assert found(config) == {("watch", 0): source}
+
+
+def test_what_stands_before_a_damaged_place_is_there_and_the_whole_file_goes_on(cluster: Cluster, log: Path) -> None:
+    config = cluster(2)
+    packed_log = log.with_suffix(".jsonl.gz")
+    whole = gzip.compress(log.read_bytes(), compresslevel=1)
+    packed_log.write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(UserError, match="damaged or truncated"):
+        produce(config, packed_log, pack=10)
+    placed, right = found(config), wanted(config, log.read_bytes().split(b"\n"))
+    before = sum(map(len, placed.values()))
+    assert before > 100 and all(some == right[place][: len(some)] for place, some in placed.items())
+    packed_log.write_bytes(whole)
+    assert produce(config, packed_log, pack=10)["lines"] == sum(map(len, right.values())) - before
+    assert found(config) == right
 
 
 def test_another_file_under_the_same_name_is_refused(cluster: Cluster, log: Path) -> None:
