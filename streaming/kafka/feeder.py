@@ -208,13 +208,15 @@ class Feeder:
 
     def _regulate(self) -> None:
         """Bounds what waits: a partition that is ahead of the others is not read on until they have come as far."""
-        held = set(self._order.waiting()) if self._order.held_bytes > HOLD_BYTES else set()
-        if held > self._held:
-            self._sessions.hold(held - self._held)
-            self._held = held
-        elif self._held and self._order.held_bytes < HOLD_BYTES // 2:
-            self._sessions.go_on(self._held)
-            self._held = set()
+        waiting = set(self._order.waiting())
+        # One that has nothing left is read on in any case: the others wait for it.
+        over = self._held if self._order.held_bytes < HOLD_BYTES // 2 else self._held - waiting
+        if over:
+            self._sessions.go_on(over)
+            self._held = self._held - over
+        if self._order.held_bytes > HOLD_BYTES and waiting - self._held:
+            self._sessions.hold(waiting - self._held)
+            self._held = self._held | waiting
 
     def _write(self, released: Iterable[Waiting]) -> int:
         written = 0

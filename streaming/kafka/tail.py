@@ -17,6 +17,9 @@ from streaming.kafka.settings import KafkaConfig
 ANSWER_SECONDS = 30.0
 """How long the broker may take to say where a log begins and ends."""
 
+FETCH_BYTES = 1 << 20
+"""Of a partition at a time: small, so that partitions are read evenly."""
+
 
 class Bounds(NamedTuple):
     """Offsets of the first record that a partition has and of the next committed one."""
@@ -42,7 +45,9 @@ class Tail:
         self._ends: set[int] = set()
         self._fault: Any = None
         self._bootstrap = config.bootstrap
-        table = settings.consumer(config, group_id=config.named(f"tail-{topic}"), enable_partition_eof=True)
+        table = settings.consumer(
+            config, group_id=config.named(f"tail-{topic}"), enable_partition_eof=True, fetch_message_max_bytes=FETCH_BYTES
+        )
         self._consumer = Consumer({**table, "error_cb": self._heard})
         try:
             self.add(offsets or {})

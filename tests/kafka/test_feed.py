@@ -17,11 +17,12 @@ import pytest
 from confluent_kafka import TopicPartition
 from feeding import T0, Worker, session
 
-from onerec.errors import Failure, UserError
+from onerec.errors import Failure, OneRecError, UserError
 from streaming.items import ItemRecord
 from streaming.kafka import topics
 from streaming.kafka.feeder import Feeder
 from streaming.kafka.settings import KafkaConfig
+from streaming.kafka.tail import Tail
 from streaming.kafka.wire import session_message
 from streaming.sessions import Session, session_json
 from streaming.store import Reader, Store
@@ -52,6 +53,14 @@ def fed(config: KafkaConfig, state: Path, said: list[str] | None = None, **optio
 def log(state: Path) -> list[bytes]:
     with Reader(state) as reader:
         return [session_json(found) for _, found in reader.sessions()]
+
+
+def grown(state: Path) -> list[bytes]:
+    """The log of a state that may be in the making."""
+    try:
+        return log(state)
+    except OneRecError:
+        return []
 
 
 def lines(*sessions: Session) -> list[bytes]:
@@ -253,6 +262,32 @@ def test_a_partition_whose_worker_stands_still_holds_up_the_others_for_a_while_o
     assert log(tmp_path / "state") == lines(session("b", 8), session("a", 9), session("c", 3))
 
 
+def test_what_waits_for_other_partitions_is_bounded(
+    cluster: Cluster, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = cluster(partitions=3, stall_seconds=60)
+    sessions = [[session(f"u{p}-{n}", n) for n in range(p, 300, p + 1)] for p in range(3)]
+    with Worker(config) as worker:
+        for partition, found in enumerate(sessions):
+            worker.commit(partition, found, watermark=1_000)
+        worker.end()
+    monkeypatch.setattr("streaming.kafka.feeder.HOLD_BYTES", 20_000)
+    monkeypatch.setattr("streaming.kafka.feeder.READ", 50)
+    held: list[int] = []
+    hold = Tail.hold
+
+    def watched(tail: Tail, partitions: set[int]) -> None:
+        held.extend(partitions)
+        hold(tail, partitions)
+
+    monkeypatch.setattr(Tail, "hold", watched)
+    fed(config, tmp_path / "state")
+    wanted = sorted((found.end, found.session_id) for part in sessions for found in part)
+    with Reader(tmp_path / "state") as reader:
+        assert [(found.end, found.session_id) for _, found in reader.sessions()] == wanted
+    assert held
+
+
 def test_it_follows_until_stopped_and_says_what_it_did(config: KafkaConfig, worker: Worker, tmp_path: Path) -> None:
     running = command("feed", config, tmp_path / "state")
     try:
@@ -260,13 +295,8 @@ def test_it_follows_until_stopped_and_says_what_it_did(config: KafkaConfig, work
         for partition in (1, 2):
             worker.commit(partition, [], watermark=5)
         deadline = time.monotonic() + 30
-        while True:
-            try:
-                if log(tmp_path / "state"):
-                    break
-            except UserError:  # no state yet
-                assert running.poll() is None, running.communicate()
-            assert time.monotonic() < deadline
+        while not grown(tmp_path / "state"):
+            assert running.poll() is None and time.monotonic() < deadline
             time.sleep(0.1)
         running.send_signal(signal.SIGTERM)
         printed, complaints = running.communicate(timeout=20)
