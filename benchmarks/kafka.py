@@ -1,12 +1,13 @@
 """Kafka figures: throughput beside Faust tables and Quix Streams, latency, soak and recovery, each on a real broker.
 
-    python -m benchmarks.kafka throughput --out throughput.json    # produce, ingest, stream, two workers, peers, bare machine
-    python -m benchmarks.kafka latency --out latency.json          # event → history and event → session at 20,000 events/s
-    python -m benchmarks.kafka soak --out soak.json --plot docs/kafka-soak.png   # 10 million events, a stall of 60 s in it
-    python -m benchmarks.kafka recovery --out recovery.json        # a wiped disk caught up from the changelog
+    python -m benchmarks.kafka throughput --out figures.json    # produce, ingest, stream, two workers, peers, bare machine
+    python -m benchmarks.kafka latency --out figures.json       # event → history and event → session at 20,000 events/s
+    python -m benchmarks.kafka soak --out figures.json --plot soak.png   # 10 million events, a stall of 60 s in it
+    python -m benchmarks.kafka recovery --out figures.json      # a wiped disk caught up from the changelog
 
-Each starts a broker of its own, unless --bootstrap names one, prints a table and, with --out, writes JSON. Figures of the same
-command belong together: ratios hold on other machines, absolute ones do not.
+Each starts a broker of its own, unless --bootstrap names one, and prints a table. With --out it puts its figures into a JSON
+file, from which `benchmarks/capacity.py` computes the tables of docs/capacity.md. Figures of one command belong together:
+ratios hold on other machines, absolute figures do not.
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ def main() -> None:
         command.add_argument("--bootstrap", help="an existing broker instead of one of our own")
         command.add_argument("--partitions", type=int, default=4)
         command.add_argument("--work", type=Path, help="folder for logs and states, kept; default: a temporary one")
-        command.add_argument("--out", type=Path, help="also write the figures there, as JSON")
+        command.add_argument("--out", type=Path, help="also put the figures there, as JSON, beside those of other commands")
         part.arguments(command)
     for name in ("bare", "load", "paced", "catch-up"):
         helper = commands.add_parser(name)
@@ -57,7 +58,8 @@ def main() -> None:
             result = part.measure(options, folder, bootstrap, family(process.pid) if process else [])
         part.show(result)
         if options.out:
-            options.out.write_text(json.dumps(result, indent=1) + "\n")
+            before = json.loads(options.out.read_text()) if options.out.exists() else {}
+            options.out.write_text(json.dumps({**before, options.command: result}, indent=1) + "\n")
     finally:
         if not options.work:
             shutil.rmtree(folder, ignore_errors=True)

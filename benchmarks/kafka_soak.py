@@ -108,7 +108,7 @@ def measure(options: argparse.Namespace, folder: Path, bootstrap: str, broker_pi
         sent = paced.finish(60)
     result = {
         "events": events, "rate": options.rate, "engine": options.engine, "stall_seconds": options.stall, "sent": sent,
-        "applied": samples[-1][1]["events"], "users": samples[-1][1]["users"], "samples": samples,
+        "applied": samples[-1][1]["events"], "users": samples[-1][1]["users"],
         "frozen_at": round(frozen, 1), "woken_at": round(woken, 1), **_stall(samples, frozen, woken),
         "resident_mb": _memory(samples, events), "state_bytes_per_user": round(size_of(state / "db") / samples[-1][1]["users"]),
     }
@@ -118,7 +118,7 @@ def measure(options: argparse.Namespace, folder: Path, bootstrap: str, broker_pi
     shutil.rmtree(state)
     result["recovery"] = recovery(cluster, folder)
     if options.plot:
-        plot(result, options.plot)
+        plot(result, samples, options.plot)
     return result
 
 
@@ -147,18 +147,18 @@ def _memory(samples: list[tuple[float, Any]], events: int) -> dict[str, dict[str
     return found
 
 
-def plot(result: dict[str, Any], path: Path) -> None:
+def plot(result: dict[str, Any], samples: list[tuple[float, Any]], path: Path) -> None:
     """Memory above, lag below, over the seconds of the run."""
     os.environ.setdefault("MPLBACKEND", "Agg")
     import matplotlib.pyplot as plt
 
-    seconds = [at for at, _ in result["samples"]]
+    seconds = [at for at, _ in samples]
     figure, (memory, lag) = plt.subplots(2, 1, sharex=True, figsize=(8, 5), layout="constrained")
     for name in ("stream", "ingest"):
-        memory.plot(seconds, [found["resident_mb"][name] for _, found in result["samples"]], label=f"onerec {name}")
+        memory.plot(seconds, [found["resident_mb"][name] for _, found in samples], label=f"onerec {name}")
     memory.set(ylabel="resident, MiB", ylim=(0, None))
     memory.legend(loc="lower right")
-    lag.plot(seconds, [found["behind"] for _, found in result["samples"]], color="tab:red")
+    lag.plot(seconds, [found["behind"] for _, found in samples], color="tab:red")
     lag.axvspan(result["frozen_at"], result["woken_at"], color="0.9", label="worker frozen")
     lag.set(ylabel="messages behind", xlabel=f"seconds, {result['rate']:,} events/s", ylim=(0, None))
     lag.legend()

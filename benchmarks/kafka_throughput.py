@@ -134,9 +134,11 @@ def ingest(cluster: Cluster, folder: Path, events: int) -> dict[str, Any]:
     # Messages committed over time; the share of messages is that of events, all being packed alike.
     curve = [(at, count) for at, count in sampler.end() if count]
     reader.close()
-    inner = [point for point in curve if point[1] < curve[-1][1]] or curve
-    moving = max(0.1, next(at for at, count in curve if count == curve[-1][1]) - inner[0][0])
-    return {"rate": events * (1 - inner[0][1] / curve[-1][1]) / moving, "wall_rate": events / wall, "summary": summary}
+    first, last = curve[0], next(point for point in curve if point[1] == curve[-1][1])
+    moved = (last[1] - first[1]) / last[1]
+    # A log so short that it is one transaction has no pace of its own.
+    pace = events * moved / (last[0] - first[0]) if moved else events / wall
+    return {"rate": pace, "wall_rate": events / wall, "summary": summary}
 
 
 def stream(cluster: Cluster, folder: Path, engine: str, workers: int, *, one_core: bool = False) -> dict[str, Any]:
@@ -317,7 +319,7 @@ def measure(options: argparse.Namespace, folder: Path, bootstrap: str, broker_pi
                     rounds[0]["same_sessions"] = check(sessions_of(cluster), log, events, folder)
         result["stream"] = {engine: _median(rounds) for engine, rounds in found.items()}
     if "scale" in options.only:
-        result["scale"] = scale(options, folder, fresh, broker_pids)
+        result["scale"] = scale(options, folder, fresh, broker_pids, result.get("stream", {}))
     if "bare" in options.only:
         result["bare"] = child(
             "bare", folder, "benchmarks.kafka", "bare", "--bootstrap", bootstrap, "--prefix", f"{run}-base.", "--partitions",
@@ -332,13 +334,17 @@ def measure(options: argparse.Namespace, folder: Path, bootstrap: str, broker_pi
     return result
 
 
-def scale(options: argparse.Namespace, folder: Path, fresh: Any, broker_pids: list[int]) -> dict[str, Any]:
+def scale(
+    options: argparse.Namespace, folder: Path, fresh: Any, broker_pids: list[int], alone: dict[str, Any]
+) -> dict[str, Any]:
     """One worker and two, on all cores; and one worker sharing a single core with the broker, as half a machine has."""
     found: dict[str, Any] = {}
     for engine in options.engines:
-        one = [stream(fresh(f"one-{engine}{n}"), folder, engine, 1) for n in range(options.rounds)]
+        one = alone.get(engine) or _median(
+            [stream(fresh(f"one-{engine}{n}"), folder, engine, 1) for n in range(options.rounds)]
+        )
         two = [stream(fresh(f"two-{engine}{n}"), folder, engine, 2) for n in range(options.rounds)]
-        found[engine] = {"1": _median(one), "2": _median(two)}
+        found[engine] = {"1": one, "2": _median(two)}
         if broker_pids:
             every = os.sched_getaffinity(0)
             pin(broker_pids, {0})
