@@ -35,6 +35,7 @@ class Brokers:
     def __init__(self, folder: Path, names: list[str]) -> None:
         services = YAML(typ="safe").load(ROOT / "docker-compose.yml")["services"]
         self.folder = folder
+        self.healthcheck = services[names[0]]["healthcheck"]["test"]
         self.ports = {(name, port): free_port() for name in names for port in (9092, 9093, 9094)}
         self.environments = {name: self._on_this_machine(name, services[name]["environment"]) for name in names}
         self.processes: dict[str, subprocess.Popen[bytes]] = {}
@@ -69,6 +70,11 @@ class Brokers:
                 ["/bin/bash", str(ROOT / "serving_config" / "kafka" / "start.sh")], stdin=subprocess.DEVNULL, stdout=log,
                 stderr=log, env={"PATH": os.environ["PATH"], **self.environments[name]}, preexec_fn=ends_with_parent,
             )
+
+    def healthy(self, name: str) -> bool:
+        """What the container's health check says."""
+        _, *command = (word.replace("/9092", f"/{self.ports[name, 9092]}") for word in self.healthcheck)
+        return subprocess.run(command, capture_output=True, timeout=10).returncode == 0
 
     def stop(self, name: str, number: int = signal.SIGTERM) -> int:
         process = self.processes.pop(name)
@@ -146,9 +152,11 @@ def create(admin: AdminClient, topic: str) -> None:
 def test_the_single_broker_takes_transactions_and_keeps_its_data_over_a_restart(brokers: Callable[..., Brokers]) -> None:
     group = brokers("kafka")
     create(group.await_brokers(1), "events")
+    assert group.healthy("kafka")
     values = [b"x" * (2 << 20), b"small"]
     write(group.settings(), "events", values)
     assert group.stop("kafka") in (0, 143, -signal.SIGTERM)
+    assert not group.healthy("kafka")
     group.start("kafka")
     group.await_brokers(1)
     assert read(group.settings(), "events", 2) == values
