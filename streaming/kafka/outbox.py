@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import time
 import types
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, Final, NamedTuple, Self
 
-from confluent_kafka import IsolationLevel, KafkaError, KafkaException, Producer, TopicPartition
+from confluent_kafka import IsolationLevel, KafkaException, Producer, TopicPartition
 from confluent_kafka.admin import OffsetSpec
 
 from onerec.errors import Failure
@@ -24,6 +24,8 @@ CUT_BYTES: Final = MAX_MESSAGE_BYTES - (64 << 10)
 """What is kept of a line that no message can hold; it stays too long for a line (§1), and so a dead letter."""
 RAW: Final = ("watch", "interactions", "items")
 ATTEMPTS: Final = 5
+CALL_SECONDS: Final = 5.0
+ANSWER_SECONDS: Final = 30.0
 
 Placed = dict[str, list[list[dict[str, Any]]]]
 """Messages, as the client takes them in batches, by topic and partition."""
@@ -52,6 +54,7 @@ class Outbox:
         self._producer = Producer(settings.producer(config, transactional_id=config.named(transactional_id)))
         self._fresh()
         self._flying: Future[None] | None = None
+        self._leaving = False
         try:
             self._producer.init_transactions(60.0)
         except KafkaException as error:
@@ -117,17 +120,24 @@ class Outbox:
             try:
                 self._producer.begin_transaction()
                 self._send(gathered)
-                self._end(gathered)
+                self._patiently(self._producer.commit_transaction)
                 return
             except KafkaException as error:
-                code: KafkaError = error.args[0]
-                if code.code() in codes.FENCED:
-                    raise Failure(
-                        "another `onerec produce` of the same files has taken over; let it finish, nothing is lost or doubled"
-                    ) from None
-                if not code.txn_requires_abort() or attempt == ATTEMPTS:
+                if not error.args[0].txn_requires_abort() or attempt == ATTEMPTS:
                     raise self._failure("the transaction failed", error) from None
-                self._producer.abort_transaction(60.0)
+            try:
+                self._patiently(self._producer.abort_transaction)
+            except KafkaException as error:
+                raise self._failure("the transaction failed and cannot be aborted", error) from None
+
+    def _patiently(self, end: Callable[[float], None]) -> None:
+        """Commits or aborts, however long the broker is away, unless we are asked to leave."""
+        while True:
+            try:
+                return end(CALL_SECONDS)
+            except KafkaException as error:
+                if not error.args[0].retriable() or self._leaving:
+                    raise
 
     def _send(self, gathered: Gathered) -> None:
         for topic, partitions in gathered.messages.items():
@@ -144,20 +154,18 @@ class Outbox:
         for key, value in gathered.records.items():
             self._producer.produce(self._config.named(PROGRESS), value, key, partition=0)
 
-    def _end(self, gathered: Gathered) -> None:
-        while True:
-            try:
-                return self._producer.commit_transaction(60.0)
-            except KafkaException as error:
-                if not error.args[0].retriable():
-                    raise
-
     def _failure(self, what: str, error: KafkaException) -> Failure:
+        if error.args[0].code() in codes.FENCED:
+            return Failure(
+                "another run of the same command has taken over, or this one stood still for longer than "
+                "kafka.transaction_timeout_ms; run it again, nothing is lost or doubled"
+            )
         said = error.args[0].str()
         return Failure(f"Kafka at {self._config.bootstrap}: {what}: {said}; the same command goes on from what is committed")
 
     def close(self) -> None:
-        """Gives up what is not committed."""
+        """Gives up what is not committed, after at most a few seconds."""
+        self._leaving = True
         self._thread.shutdown(wait=True)
         self._producer.purge()
         self._producer.close()
@@ -203,14 +211,15 @@ def wait_decided(config: KafkaConfig, names: Sequence[str] = (PROGRESS,)) -> Non
     deadline = time.monotonic() + config.transaction_timeout_ms / 1000 + 30
 
     def ends(level: IsolationLevel) -> list[int]:
+        patience = time.monotonic() + ANSWER_SECONDS
         while True:
             wanted = {part: OffsetSpec.latest() for part in parts}
             found = asked.list_offsets(wanted, isolation_level=level, request_timeout=10.0)
             try:
                 return [int(found[part].result().offset) for part in parts]
             except KafkaException as error:
-                # A topic just made has no leader for a moment.
-                if error.args[0].code() not in codes.AWAY or time.monotonic() > deadline:
+                # A topic just made, or a broker just back, has no leader or another one for a moment.
+                if time.monotonic() > patience:
                     raise Failure(f"topics {', '.join(names)}: {error.args[0].str()}; look at the broker's log") from None
             time.sleep(0.1)
 
