@@ -43,6 +43,7 @@ REASONS: Final[dict[str, str]] = {
     "future_ts": "`ts` lies further ahead of the clock than stream.max_future_ms",
     "bad_watch_ms": "`watch_ms` is not an integer from 0 to 604800000",
     "bad_duration_ms": "`duration_ms` is not an integer from 0 to 604800000",
+    "bad_schema": "not readable by the schema that the message names",
     "bad_columns": "the row has more or fewer columns than the header, or is no CSV",
     "identity_conflict": "the same event_id came before with another item_id",
     "user_overflow": "the user has more than stream.max_open_events events in open sessions",

@@ -41,18 +41,18 @@ def ingest(
 
     settings = load_config(config, set, bootstrap)
     began = time.monotonic()
-    shown = [began, 0]
+    shown: list[float] = [began, 0, 0]
     with err.status("ingest: waiting for partitions") as live:
 
         def show(counts: Counts, partitions: int) -> None:
             now = time.monotonic()
-            if err.is_terminal or (not json and now - shown[0] >= STATUS_SECONDS):
+            if err.is_terminal or (not json and (now - shown[0] >= STATUS_SECONDS or partitions != shown[2])):
                 rate = (counts.events - shown[1]) / max(0.001, now - shown[0])
                 text = (
                     f"ingest: {counts.events:,} events, {rate:,.0f} a second, {counts.dead_letters:,} dead letters, "
-                    f"{counts.rerouted:,} rerouted, {counts.items:,} items, {partitions} partitions"
+                    f"{counts.rerouted:,} rerouted, {counts.items:,} items, {partitions} partition{'s' * (partitions != 1)}"
                 )
-                shown[:] = [now, counts.events]
+                shown[:] = [now, counts.events, partitions]
                 if err.is_terminal:
                     live.update(text)
                 else:

@@ -32,6 +32,7 @@ from streaming.kafka.lane import (
 )
 from streaming.kafka.merging import Position, Raw, Rules
 from streaming.kafka.partitioning import Partitioner
+from streaming.kafka.schemas import Schemas
 
 NAMES: Final = (*RAW, "events", "dead-letters", "catalogue")
 FULL_BYTES: Final = 8 << 20
@@ -110,6 +111,7 @@ class Ingest:
         self._pulse = Pulse(self._idle)
         self._source = {self._kafka.named(name): number for number, name in enumerate(RAW)}
         self._topics = [self._kafka.named(name) for name in RAW]
+        self._schemas = Schemas(self._kafka) if self._kafka.value_format != "json" else None
         topics.require(self._kafka, NAMES)
         self._pool = ThreadPoolExecutor(max(8, 2 * self._kafka.partitions), "ingest")
         self._consumer = Consumer(
@@ -276,6 +278,7 @@ class Ingest:
         """Sorts messages into their lanes; ends of partitions start the idle clocks."""
         runs: dict[tuple[int, int], list[Raw]] = {}
         lines = count = 0
+        schemas = self._schemas
         for message in messages:
             error, topic = message.error(), message.topic()
             if topic is None:
@@ -299,7 +302,11 @@ class Ingest:
             run = runs.get((partition, source))
             if run is None:
                 run = runs[partition, source] = []
-            run.append(Raw(message.offset(), message.timestamp()[1], value, again))
+            reason = ""
+            if schemas is not None and value:
+                line = schemas.line(RAW[source], value)
+                value, reason = (value, "bad_schema") if line is None else (line, "")
+            run.append(Raw(message.offset(), message.timestamp()[1], value, again, reason))
             count += 1
             lines += value.count(b"\n") + 1
         for (partition, source), run in runs.items():

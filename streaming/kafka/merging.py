@@ -44,12 +44,16 @@ START: Final = Position()
 
 
 class Raw(NamedTuple):
-    """One message of a raw topic; `timestamp` is that of its log record, ms; `again` if it came from another partition."""
+    """One message of a raw topic; `timestamp` is that of its log record, ms; `again` if it came from another partition.
+
+    `reason` is set where the whole message is refused.
+    """
 
     offset: int
     timestamp: int
     value: bytes
     again: bool = False
+    reason: str = ""
 
 
 class Aside(NamedTuple):
@@ -124,14 +128,16 @@ def read(messages: Iterable[Raw], topic: str, rules: Rules, start: Position = ST
     lines, times, asides, segments = batch.lines, batch.ts, batch.asides, batch.segments
     parse, deep, depth, longest = fast_decode, DEEP_LINE, MAX_DEPTH, MAX_LINE_BYTES
     size = 0
-    for offset, stamp, value, _ in messages:
+    for offset, stamp, value, _, reason in messages:
         max_ts = stamp + future_ms
-        rows = value.split(b"\n")
+        rows = value.split(b"\n") if not reason else []
         skip = start.lines if offset == start.offset else 0
         segments.append((len(lines), offset, skip))
         size += len(value) + LINE_OVERHEAD * len(rows)
         if stamp > batch.stamp:
             batch.stamp = stamp
+        if reason and not skip:
+            asides.append(Aside(len(lines), topic, offset, 0, stamp, value, "refused", reason))
         for number, raw in enumerate(rows):
             if skip:
                 if raw.strip(BLANK):

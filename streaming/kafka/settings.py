@@ -37,6 +37,10 @@ class KafkaConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     """Which partition a user belongs to: crc32 is librdkafka's default, murmur2 Java's."""
     linger_ms: Annotated[int, Meta(ge=0)] = 50
     """How long `ingest` and `stream` gather before they commit; bounds their latency."""
+    value_format: Literal["json", "avro", "protobuf"] = "json"
+    """Of the raw topics: JSON lines, or records of a schema registry, which `ingest` turns into lines."""
+    schema_registry: str = ""
+    """Its URL, with user:password@ where it asks for them."""
     session_timeout_ms: Annotated[int, Meta(ge=1_000)] = 6_000
     group_protocol: Literal["classic", "consumer"] = "classic"
     """Of consumer groups: `consumer` is KIP-848's, whose timeouts are the broker's; Faust knows only the classic one."""
@@ -57,7 +61,7 @@ class KafkaConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     def __repr__(self) -> str:
         """Without secrets."""
         shown = {
-            name: "***" if "password" in name and not name.endswith("_file") and value else value
+            name: "***" if _is_secret(name, value) else value
             for name in self.__struct_fields__
             if (value := getattr(self, name)) not in ("", None)
         }
@@ -66,6 +70,12 @@ class KafkaConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     def named(self, name: str) -> str:
         """A topic, group or transactional id with the prefix."""
         return self.prefix + name
+
+
+def _is_secret(name: str, value: object) -> bool:
+    if name == "schema_registry":
+        return "@" in str(value)
+    return "password" in name and not name.endswith("_file")
 
 
 class Topic(NamedTuple):
