@@ -129,11 +129,13 @@ class Feeder:
         self._order = SessionOrder(sequences, gap_ms, self._config.stall_seconds)
         # Heard before the log's bounds are asked for: the sessions it speaks of then lie before the end, or were forgotten.
         self._hear()
-        self._sessions = self._enter(Tail(self._config, "sessions", {p: place.get("offset") for p, place in places.items()}))
+        self._sessions = self._enter(Tail(
+            self._config, "sessions", self._ids["sessions"], {p: place.get("offset") for p, place in places.items()}
+        ))
         self._held: set[int] = set()
         for partition in self._own:
             self._check_empty(partition)
-        self._catalogue = self._enter(Tail(self._config, "catalogue"))
+        self._catalogue = self._enter(Tail(self._config, "catalogue", self._ids["catalogue"]))
         # One after the other, so that items come in the same order however often it dies.
         for partition in range(self._config.partitions):
             self._catalogue.add({partition: self._place("catalogue", partition).get("offset")})

@@ -50,7 +50,6 @@ class _Part(msgspec.Struct):
     partition: int
     ready: list[Pair] = []
     offset: int = 0
-    oldest: int = 0
     newest: int = 0
     pending: list[Pair] = []
     pending_since: float = 0.0
@@ -61,7 +60,7 @@ class _Part(msgspec.Struct):
     def settle(self, message: Any) -> None:
         """What is pending is ready, up to this message."""
         self.ready += self.pending
-        self.pending = []
+        self.pending.clear()
         self.offset, self.newest, self.changed = message.offset() + 1, message.timestamp()[1], True
         self.last = None
 
@@ -85,6 +84,7 @@ class Replica:
         self.done = Copied()
         self.delay = Delay()
         self._config, self._state, self._say = config, state, say
+        self._oldest: int | None = None
         self._topic_id = topic_id = topic_ids(config, ["histories"])["histories"]
         with ProgressLog(config) as log:
             semantics = log_settings(log, say, stopped)
@@ -108,7 +108,7 @@ class Replica:
                 offsets[partition] = found.get("offset")
                 if found.get("progress"):
                     part.progress = msgspec.convert(found["progress"], Progress)
-            self._tail = Tail(config, "histories", offsets)
+            self._tail = Tail(config, "histories", topic_id, offsets)
             for partition, (wanted, low) in self._tail.forgotten.items():
                 self._tail.close()
                 raise self._lost(partition, wanted, low)
@@ -134,18 +134,17 @@ class Replica:
 
     def _take(self, messages: list[Any]) -> None:
         parts = self._parts
-        first = {message.partition(): message for message in reversed(messages)}
-        for partition, message in first.items():
-            if not parts[partition].changed and parts[partition].last is None:
-                parts[partition].oldest = message.timestamp()[1]
+        if messages and self._oldest is None:
+            self._oldest = messages[0].timestamp()[1]
+        pending = {partition: part.pending for partition, part in parts.items()}
         for message in messages:
             key, value = message.key(), message.value()
             if key and value and key[0] in _WANTED and (value[0] == VERSION or value == NOTHING):
-                parts[message.partition()].pending.append((key, None if value == NOTHING else value))
+                pending[message.partition()].append((key, None if value == NOTHING else value))
             else:
                 self._take_other(message, key, value)
         now = time.monotonic()
-        for partition, message in {message.partition(): message for message in messages}.items():
+        for partition, message in self._tail.newest.items():
             part = parts[partition]
             if message.offset() >= part.offset:
                 part.pending_since = now if part.last is None else part.pending_since
@@ -188,7 +187,9 @@ class Replica:
             watermark=max(min(watermarks), before or 0) if watermarks else before,
             counters=_sum(known),
         )
-        self.delay.stored(min(part.oldest for part in due), max(part.newest for part in due))
+        newest = max(part.newest for part in due)
+        self.delay.stored(newest if self._oldest is None else self._oldest, newest)
+        self._oldest = None
         for part in due:
             self.done.records += len(part.ready)
             part.ready, part.changed = [], False

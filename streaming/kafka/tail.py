@@ -13,10 +13,13 @@ from confluent_kafka import Consumer, KafkaException, TopicPartition
 from onerec.errors import Failure, UserError
 from streaming.kafka import codes, settings
 from streaming.kafka.settings import KafkaConfig
+from streaming.kafka.topics import topic_ids
 
 ANSWER_SECONDS = 30.0
 """How long the broker may take to say where a log begins and ends."""
 
+CHECK_SECONDS = 30.0
+"""How often to ask whether the topic is still the same one: the client goes on in silence where it was deleted."""
 FETCH_BYTES = 1 << 20
 """Of a partition at a time: small, so that partitions are read evenly."""
 
@@ -33,15 +36,20 @@ class Tail:
 
     `offsets`: partition → where to go on: behind the newest record read, and at the end of the log once that was reached
     (records of transactions are in between). `forgotten`: partition → (offset wanted, first offset that there is), where
-    Kafka had deleted what was next; reading has gone on at the latter.
+    Kafka had deleted what was next; reading has gone on at the latter. `newest`: partition → last record of the last `read`.
 
     Raises UserError where access is refused, Failure where the log ends before the offset given, or was deleted.
     """
 
-    def __init__(self, config: KafkaConfig, topic: str, offsets: Mapping[int, int | None] | None = None) -> None:
+    def __init__(
+        self, config: KafkaConfig, topic: str, topic_id: str, offsets: Mapping[int, int | None] | None = None
+    ) -> None:
         self.topic = config.named(topic)
+        self._config, self._name, self._topic_id = config, topic, topic_id
+        self._next_check = time.monotonic() + CHECK_SECONDS
         self.offsets: dict[int, int] = {}
         self.forgotten: dict[int, tuple[int, int]] = {}
+        self.newest: dict[Any, Any] = {}
         self._ends: set[int] = set()
         self._fault: Any = None
         self._bootstrap = config.bootstrap
@@ -90,38 +98,56 @@ class Tail:
     def read(self, most: int, seconds: float) -> list[Any]:
         """At most `most` records in offset order within their partition, after at most `seconds`."""
         messages = self._consumer.consume(most, seconds)
-        found = []
-        offsets, ends = self.offsets, self._ends
-        for message in messages:
-            error = message.error()
-            if error is None:
-                partition: Any = message.partition()
-                offset: Any = message.offset()
-                offsets[partition] = offset + 1
-                ends.discard(partition)
-                found.append(message)
-            else:
-                self._note(message, error)
+        found = [message for message in messages if message.error() is None]
+        self.newest = {message.partition(): message for message in found}
+        for partition, message in self.newest.items():
+            self.offsets[partition] = message.offset() + 1
+            self._ends.discard(partition)
+        if len(found) < len(messages):
+            for message in messages:
+                if (error := message.error()) is not None:
+                    self._note(message, error)
         self._raise_fault()
+        if time.monotonic() >= self._next_check:
+            self._check()
         return found
 
     def _note(self, message: Any, error: Any) -> None:
         partition = message.partition()
         if error.code() == codes.END_OF_PARTITION:
-            self._ends.add(partition)
-            # Behind the last record lie the marks of transactions, which only the end tells of.
-            self.offsets[partition] = max(self.offsets[partition], message.offset())
+            # Behind the last record lie the marks of transactions, which only the end tells of; with records behind it, it
+            # was the end no longer.
+            if message.offset() >= self.offsets[partition]:
+                self.offsets[partition] = message.offset()
+                self._ends.add(partition)
         elif error.code() == codes.FORGOTTEN:
             wanted = self.offsets[partition]
             self.offsets[partition] = self._start(partition, wanted)
-            self._consumer.seek(TopicPartition(self.topic, partition, self.offsets[partition]))
+            # Where this was said, reading has ended.
+            self._consumer.incremental_unassign([TopicPartition(self.topic, partition)])
+            self._consumer.incremental_assign([TopicPartition(self.topic, partition, self.offsets[partition])])
         elif error.code() in codes.NO_TOPIC:
-            raise Failure(
-                f"topic {self.topic}, partition {partition} is gone ({error.str()}): it was deleted while it was read. Make it "
-                "again with `onerec topics --create`, and go on in an empty --state folder"
-            )
+            raise self._gone()
         elif error.code() not in codes.AWAY and not error.retriable():
             raise Failure(f"topic {self.topic}, partition {partition}: {error.str()}; `onerec topics` says what is wrong")
+
+    def _check(self) -> None:
+        """Raises Failure where the topic is another one, or none; says nothing while no broker answers."""
+        self._next_check = time.monotonic() + CHECK_SECONDS
+        try:
+            found = self._consumer.list_topics(self.topic, timeout=2).topics[self.topic]
+        except KafkaException:
+            return
+        if found.error is not None and found.error.code() in codes.NO_TOPIC:
+            raise self._gone()
+        if found.error is None and topic_ids(self._config, [self._name])[self._name] != self._topic_id:
+            raise self._gone()
+
+    def _gone(self) -> Failure:
+        return Failure(
+            f"topic {self.topic} was deleted while it was read; `onerec topics --create` makes it again, and what is written "
+            "into it then goes into an empty --state folder"
+        )
 
     def _raise_fault(self) -> None:
         if self._fault is not None:
