@@ -21,6 +21,7 @@ from streaming.kafka import codes, settings, topics
 from streaming.kafka.lane import (
     AGAIN_HEADER,
     RAW,
+    THEIRS,
     Counts,
     Lane,
     Lost,
@@ -210,10 +211,13 @@ class Ingest:
     def _open(self, partitions: list[int]) -> list[TopicPartition]:
         """Fences, and only then reads where to go on. Returns the offsets to read from."""
         fenced = list(self._pool.map(lambda p: made(self._kafka, p, self._on_step, self._heard), partitions))
+        for partition in partitions:
+            self._on_step("open:read", partition)
+        wanted = [TopicPartition(topic, partition) for partition in partitions for topic in self._topics]
+        committed = {(place.topic, place.partition): place for place in self._consumer.committed(wanted, ANSWER_SECONDS)}
         found: list[TopicPartition] = []
         for partition, producer in zip(partitions, fenced, strict=True):
-            self._on_step("open:read", partition)
-            places = self._consumer.committed([TopicPartition(topic, partition) for topic in self._topics], ANSWER_SECONDS)
+            places = [committed[topic, partition] for topic in self._topics]
             positions, standing = (
                 self._begin(partition, producer) if all(place.offset < 0 for place in places)
                 else stood(self._kafka, partition, places)
@@ -254,25 +258,27 @@ class Ingest:
             partitions = [partition for partition, at in self._reopen.items() if at <= now]
         if not partitions:
             return
+        anew = not self._lanes and len(partitions) == len(self._assigned or ())
         try:
             places = self._open(partitions)
+            if anew:
+                self._consumer.assign(places)
+            else:
+                for place in places:
+                    self._consumer.seek(place)
+                self._consumer.resume(places)
         except KafkaException as error:
             # The group may have moved on, or the broker be away: all of it again, a little later.
             for partition in partitions:
                 self._lanes.pop(partition, None)
                 self._reopen[partition] = now + 1.0
-            self._heard(error.args[0])
-            if not error.args[0].retriable() and error.args[0].code() not in (*codes.AWAY, *codes.FENCED):
-                raise Failure(f"partitions {partitions} cannot be opened: {error.args[0].str()}") from None
+            code = error.args[0]
+            self._heard(code)
+            if not code.retriable() and code.code() not in (*codes.AWAY, *THEIRS, KafkaError._STATE):  # noqa: SLF001
+                raise Failure(f"partitions {partitions} cannot be opened: {code.str()}") from None
             return
         for partition in partitions:
             self._reopen.pop(partition, None)
-        if len(self._lanes) == len(self._assigned or ()) == len(partitions):
-            self._consumer.assign(places)
-        else:
-            for place in places:
-                self._consumer.seek(place)
-            self._consumer.resume(places)
 
     def _receive(self, messages: list[Any], now: float) -> None:
         """Sorts messages into their lanes; ends of partitions start the idle clocks."""

@@ -287,6 +287,26 @@ def test_misplaced_and_broken_input_stops_nothing_and_loses_nothing(cluster: Clu
     assert letters == {(b"not_json", b"\xff\xfe\x00"), (b"too_long", b"zzz"), (b"bad_type", b"{}")}
 
 
+def test_an_instance_that_was_fenced_drops_what_it_held_and_comes_back(cluster: Cluster) -> None:
+    config = cluster(partitions=2, session_timeout_ms=3_000, linger_ms=1_000)
+    raw = Raw(config)
+    users = [user(p, 2) for p in range(2)]
+    with running(configured(config, idle_ms=300)) as job:
+        for n in range(4):
+            for partition in range(2):
+                raw.put("watch", partition, watch(n, users[partition]))
+            raw.flush()
+            until(lambda: job.counts.events >= 2 * n)  # noqa: B023
+            if n == 1:
+                zombie = Producer(settings.producer(config, transactional_id=config.named("ingest-0")))
+                zombie.init_transactions(30)
+        until(lambda: job.counts.events == 8)
+    found = events(config)
+    for partition in range(2):
+        lines = [line for line in found[partition] if marker_time(line) is None]
+        assert lines == [watch(n, users[partition]) for n in range(4)]
+
+
 def test_a_time_ahead_of_its_record_is_refused_by_the_records_time(cluster: Cluster) -> None:
     config = cluster(partitions=1)
     raw = Raw(config)
