@@ -37,8 +37,8 @@ def _assumed(value: float, unit: str, why: str) -> Any:
 class Assumed:
     """What nobody measured here; each may be set on the command line."""
 
-    daily_users: float = _assumed(100e6, "users", "the size asked for")
-    kept_users: float = _assumed(300e6, "users", "users whose state is kept: three times the daily ones")
+    daily_users: float = _assumed(100e6, "", "the size asked for")
+    kept_users: float = _assumed(300e6, "", "users whose state is kept: three times the daily ones")
     events_per_user: float = _assumed(200, "a day", "about 180 watches and 20 interactions; the simulated world has 21")
     sessions_per_user: float = _assumed(8, "a day", "25 events a session; the simulated world has 14")
     peak: float = _assumed(2.5, "×", "busiest hour over the day's mean")
@@ -58,11 +58,12 @@ class Assumed:
     disk_month: float = _assumed(0.08, "$/GB", "a gigabyte of network SSD for a month")
 
 
-def _round(value: float) -> str:
-    for unit, size in (("P", 1e15), ("T", 1e12), ("G", 1e9), ("M", 1e6)):
+def _text(value: float, unit: str = "") -> str:
+    """Three digits, and the unit with its prefix."""
+    for prefix, size in (("P", 1e15), ("T", 1e12), ("G", 1e9), ("M", 1e6)):
         if abs(value) >= size:
-            return f"{value / size:,.3g} {unit}"
-    return f"{value:,.0f}" if abs(value) >= 100 else f"{value:.3g}"
+            return f"{value / size:,.3g} {prefix}{unit}"
+    return (f"{value:,.0f}" if abs(value) >= 100 else f"{value:.3g}") + (unit and f" {unit}")
 
 
 def measured(figures: dict[str, Any]) -> list[tuple[str, float, str, str]]:
@@ -163,16 +164,14 @@ def tables(assumed: Assumed, figures: dict[str, Any]) -> str:
     """Three tables in Markdown."""
     rows = measured(figures)
     lines = ["### Measured", "", "| | value | command |", "|---|---:|---|"]
-    lines += [f"| {unit} | {_round(value)} | {command} |" for _, value, unit, command in rows]
+    lines += [f"| {unit} | {_text(value)} | {command} |" for _, value, unit, command in rows]
     lines += ["", "### Assumed", "", "| name | value | why |", "|---|---:|---|"]
     for field in dataclasses.fields(assumed):
         value, unit = getattr(assumed, field.name), field.metadata["unit"]
-        lines.append(f"| `{field.name}` | {_round(value)} {unit} | {field.metadata['why']} |")
+        lines.append(f"| `{field.name}` | {_text(value, unit)} | {field.metadata['why']} |")
     lines += ["", "### Computed", "", "| what | value | formula |", "|---|---:|---|"]
     found = {name: value for name, value, _, _ in rows}
-    lines += [
-        f"| {what} | {_round(value)}{unit and ' '}{unit} | {formula} |" for what, value, unit, formula in plan(assumed, found)
-    ]
+    lines += [f"| {what} | {_text(value, unit)} | {formula} |" for what, value, unit, formula in plan(assumed, found)]
     return "\n".join(lines)
 
 

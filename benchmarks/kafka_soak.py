@@ -20,7 +20,7 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks.kafka_recovery import recovery
-from benchmarks.kafka_tools import Cluster, Process, Sampler, onerec, size_of, wait_for
+from benchmarks.kafka_tools import Cluster, Process, Sampler, lines_of, onerec, size_of, wait_for
 from streaming.kafka.progress import ProgressLog
 
 EVERY_SECONDS: Final = 2.0
@@ -34,6 +34,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--days", type=int, default=5, help="of the simulated log; 21 events a user and day")
     parser.add_argument("--rate", type=int, default=25_000, help="events a second")
     parser.add_argument("--pack", type=int, default=20, help="events of a partition within 20 ms in one raw message, at most")
+    parser.add_argument("--log", type=Path, help="an existing JSON-lines log instead of a simulated one")
     parser.add_argument("--stall", type=float, default=60, help="seconds the worker is frozen, half-way")
     parser.add_argument("--engine", default="faust", choices=["faust", "group"])
     parser.add_argument("--plot", type=Path, help="draw memory and lag to this file")
@@ -65,11 +66,11 @@ class Figures:
 
 def measure(options: argparse.Namespace, folder: Path, bootstrap: str, broker_pids: list[int]) -> dict[str, Any]:
     """The whole run."""
-    log = folder / "soak.jsonl"
-    onerec("simulate", "--out", str(log), "--users", str(options.users), "--items", "20000", "--days", str(options.days),
-           "--seed", "1", "--no-embeddings", "--json")
-    with log.open("rb") as file:
-        events = sum(1 for _ in file)
+    log = options.log or folder / "soak.jsonl"
+    if not options.log:
+        onerec("simulate", "--out", str(log), "--users", str(options.users), "--items", "20000", "--days", str(options.days),
+               "--seed", "1", "--no-embeddings", "--json")
+    events = lines_of(log)
     if events > options.events:
         cut = folder / "cut.jsonl"
         with log.open("rb") as file, cut.open("wb") as part:
@@ -112,7 +113,10 @@ def measure(options: argparse.Namespace, folder: Path, bootstrap: str, broker_pi
         "frozen_at": round(frozen, 1), "woken_at": round(woken, 1), **_stall(samples, frozen, woken),
         "resident_mb": _memory(samples, events), "state_bytes_per_user": round(size_of(state / "db") / samples[-1][1]["users"]),
     }
-    topics = {name: sum(size_of(path) for path in folder.glob(f"kafka/**/{cluster.config.named(name)}-*")) for name in TOPICS}
+    topics = {
+        name: sum(path.stat().st_size for path in folder.glob(f"kafka/**/{cluster.config.named(name)}-*/*.log"))
+        for name in TOPICS
+    }
     if any(topics.values()):
         result["topic_bytes_per_event"] = {name: round(size / events, 1) for name, size in topics.items()}
     shutil.rmtree(state)
@@ -123,14 +127,16 @@ def measure(options: argparse.Namespace, folder: Path, bootstrap: str, broker_pi
 
 
 def _stall(samples: list[tuple[float, Any]], frozen: float, woken: float) -> dict[str, Any]:
-    """How far the worker fell behind, and seconds from its waking until the lag was back."""
+    """How far the worker fell behind, seconds from its waking until the lag was back, and its pace meanwhile."""
     before = max((found["behind"] for at, found in samples if frozen - 30 <= at < frozen), default=0)
     worst = max(found["behind"] for at, found in samples if at >= frozen)
     back = next((at for at, found in samples if at > woken and found["behind"] <= before), None)
     first = next((at for at, found in samples if at > woken and found["events"] > _at(samples, woken)), None)
+    caught = None if back is None or back == first else (_at(samples, back) - _at(samples, first)) / (back - first)
     return {"lag_before": before, "lag_worst": worst,
             "first_commit_after_seconds": None if first is None else round(first - woken, 1),
-            "lag_back_after_seconds": None if back is None else round(back - woken, 1)}
+            "lag_back_after_seconds": None if back is None else round(back - woken, 1),
+            "events_per_second_behind": None if caught is None else round(caught)}
 
 
 def _at(samples: list[tuple[float, Any]], when: float) -> int:
@@ -169,7 +175,7 @@ def show(result: dict[str, Any]) -> None:
     """A table for people."""
     table = Table("figure", "value", title=f"{result['events']:,} events at {result['rate']:,}/s, {result['engine']}")
     for key in ("applied", "users", "lag_before", "lag_worst", "first_commit_after_seconds", "lag_back_after_seconds",
-                "state_bytes_per_user"):
+                "events_per_second_behind", "state_bytes_per_user"):
         table.add_row(key.replace("_", " "), f"{result[key]:,}" if result[key] is not None else "never")
     for name, values in result["resident_mb"].items():
         table.add_row(f"resident MiB of {name}, each tenth", ", ".join(f"{value:,.0f}" for value in values.values()))

@@ -24,6 +24,7 @@ from benchmarks.kafka_tools import (
     Process,
     Sampler,
     create_plain,
+    lines_of,
     onerec,
     ordered_log,
     pin,
@@ -269,6 +270,7 @@ def child(kind: str, folder: Path, *arguments: str) -> dict[str, Any]:
 def arguments(parser: argparse.ArgumentParser) -> None:
     """Options of `throughput`."""
     parser.add_argument("--events", type=int, default=1_000_000, help="size of the log")
+    parser.add_argument("--log", type=Path, help="an existing log, in order of time, without repeats")
     parser.add_argument("--rounds", type=int, default=3, help="of the stream, by turns; the median counts")
     parser.add_argument("--faust-events", type=int, default=60_000, help="events that the Faust table gets")
     parser.add_argument("--quix-events", type=int, default=400_000, help="events that Quix Streams gets")
@@ -281,8 +283,8 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 
 def measure(options: argparse.Namespace, folder: Path, bootstrap: str, broker_pids: list[int]) -> dict[str, Any]:
     """All figures, on one broker."""
-    log = folder / "ordered.jsonl"
-    events = ordered_log(log, options.events)
+    log = options.log or folder / "ordered.jsonl"
+    events = lines_of(log) if options.log else ordered_log(log, options.events)
     run = f"t{time.time_ns() // 1_000_000}"
     result: dict[str, Any] = {"log_events": events, "partitions": options.partitions}
     base = Cluster(bootstrap, f"{run}-base.", options.partitions)

@@ -43,6 +43,12 @@ def ordered_log(path: Path, events: int, *, days: int = 10) -> int:
     return len(lines)
 
 
+def lines_of(log: Path) -> int:
+    """Lines of a file."""
+    with log.open("rb") as file:
+        return sum(1 for _ in file)
+
+
 def onerec(*arguments: str, timeout: float = 900) -> dict[str, Any]:
     """Runs one command to its end; its last line of output as JSON ({} if it is none). Raises where it fails."""
     done = subprocess.run([sys.executable, "-m", "onerec.cli", *arguments], capture_output=True, text=True, timeout=timeout,
