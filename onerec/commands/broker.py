@@ -46,7 +46,9 @@ def up(
         jars()
     arrived: list[int] = []
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
-        signal.signal(number, lambda found, _: arrived.append(found))
+        # Under nohup it outlives its terminal.
+        if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:
+            signal.signal(number, lambda found, _: arrived.append(found))
     try:
         with err.status("kafka: starting"):
             broker.start(stopping=lambda: bool(arrived))

@@ -14,7 +14,7 @@ import subprocess
 import tempfile
 import time
 import uuid
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
@@ -28,6 +28,8 @@ JAVA: Final = 17
 HOST: Final = "127.0.0.1"
 READY_SECONDS: Final = 120.0
 """After a kill with busy clients a broker recovers its logs first: half a minute has been seen."""
+_OURS: Final = {"lock", "server.properties", "format.properties", "data.formatting", "broker.log", "jvm.log"}
+"""What may lie in the folder of a broker before its data do."""
 _HERE: Final = Path(__file__).parent
 # Reads until the pipe breaks, which is when the process that started the broker is gone, however it died.
 _GUARD: Final = "trap '' INT TERM HUP; read -r _; kill -9 \"$0\""
@@ -65,8 +67,14 @@ def jars() -> Path:
     there = cache / f"kafka-{VERSION}"
     if there.is_dir():
         return there
-    cache.mkdir(parents=True, exist_ok=True)
-    with (cache / f"kafka-{VERSION}.lock").open("w") as lock:
+    try:
+        cache.mkdir(parents=True, exist_ok=True)
+        lock = (cache / f"kafka-{VERSION}.lock").open("w")
+    except OSError as error:
+        raise MissingTool(
+            f"folder {cache} for Kafka's jars: {error.strerror}; let XDG_CACHE_HOME name a folder that can be written"
+        ) from None
+    with lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         if not there.is_dir():
             _fetch(there)
@@ -99,11 +107,11 @@ def _fetch(there: Path) -> None:
         shutil.rmtree(partial, ignore_errors=True)
 
 
-def free_port() -> int:
+def free_port(spoken_for: Collection[int] = ()) -> int:
     """A port that nobody listens on, below the range out of which the system serves outgoing connections."""
     for _ in range(1_000):
         port = random.randrange(20_000, 32_000)  # noqa: S311
-        if _is_free(port):
+        if port not in spoken_for and _is_free(port):
             return port
     raise Failure("no free port between 20000 and 32000; end some servers")
 
@@ -136,11 +144,15 @@ class Broker:
     ) -> None:
         if not re.fullmatch(r"\d+[kmgKMG]", heap):
             raise UserError(f"heap {heap!r}: write it as for Java, such as 512m or 2g")
+        if "," in str(directory.absolute()):
+            raise UserError(f"folder {directory}: Kafka takes a comma for the end of a path; give --dir one without")
         self.directory = directory.absolute()
         self.log = self.directory / "broker.log"
         self._heap = heap
         self._protocols = {"PLAINTEXT": "PLAINTEXT", **(listeners or {})}
-        self._ports = {name: free_port() for name in self._protocols} | ({"PLAINTEXT": port} if port else {})
+        self._ports: dict[str, int] = {"PLAINTEXT": port} if port else {}
+        for name in self._protocols:
+            self._ports.setdefault(name, free_port(self._ports.values()))
         self._properties = dict(properties or {})
         self._lock: int | None = None
         self._jvm: subprocess.Popen[bytes] | None = None
@@ -201,7 +213,7 @@ class Broker:
                 # The JVM holds the folder's lock too, and is out of reach of a terminal's Ctrl-C: we stop it.
                 self._jvm = subprocess.Popen(  # noqa: S603
                     command, stdin=subprocess.DEVNULL, stdout=output, stderr=output, start_new_session=True,
-                    pass_fds=(self._lock,),
+                    pass_fds=(self._lock,), env=_environment(),
                 )
             self._guard = subprocess.Popen(  # noqa: S603
                 ["/bin/sh", "-c", _GUARD, str(self._jvm.pid)], stdin=subprocess.PIPE, stdout=subprocess.DEVNULL,
@@ -257,13 +269,12 @@ class Broker:
 
     def _claim(self) -> None:
         """Takes the folder: ours, or empty, and used by nobody else."""
-        marks = ("data", "data.formatting", "lock")
         try:
             self.directory.mkdir(parents=True, exist_ok=True)
-            present = os.listdir(self.directory)
-            if present and not any(mark in present for mark in marks):
+            strange = sorted(set(os.listdir(self.directory)) - _OURS)
+            if strange and not (self.directory / "data" / "meta.properties").is_file():
                 raise UserError(
-                    f"folder {self.directory} holds something else ({present[0]}); give --dir an empty or a new folder"
+                    f"folder {self.directory} holds something else ({strange[0]}); give --dir an empty or a new folder"
                 )
             self._lock = os.open(self.directory / "lock", os.O_RDWR | os.O_CREAT, 0o644)
         except OSError as error:
@@ -285,7 +296,7 @@ class Broker:
 
     def _configure(self) -> None:
         addresses = ",".join(f"{name}://{address}" for name, address in self.addresses.items())
-        controller = free_port()
+        controller = free_port(self._ports.values())
         protocols = {**self._protocols, "CONTROLLER": "PLAINTEXT"}
         text = (_HERE / "server.properties").read_text(encoding="utf-8")
         values = {
@@ -306,8 +317,6 @@ class Broker:
         """Makes the data folder the first time; under another name first, so that it is whole or not there."""
         data, partial = self.directory / "data", self.directory / "data.formatting"
         if data.exists():
-            if not (data / "meta.properties").is_file():
-                raise UserError(f"folder {data} is not of a Kafka broker; give --dir an empty or a new folder")
             return
         shutil.rmtree(partial, ignore_errors=True)
         settings = self.directory / "format.properties"
@@ -317,7 +326,7 @@ class Broker:
         done = subprocess.run(  # noqa: S603
             [binary, "-cp", classpath, "kafka.tools.StorageTool", "format", "--standalone", "-t", _cluster_id(), "-c",
              str(settings)],
-            capture_output=True, text=True, check=False,
+            capture_output=True, text=True, check=False, env=_environment(),
         )
         settings.unlink()
         if done.returncode:
@@ -349,7 +358,10 @@ class Broker:
         """Without reaping: the process keeps its number until the guard, which knows it by that, is gone."""
         if self._jvm is None or self._jvm.returncode is not None:
             return True
-        return os.waitid(os.P_PID, self._jvm.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is not None
+        try:
+            return os.waitid(os.P_PID, self._jvm.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is not None
+        except ChildProcessError:
+            return True
 
 
 def _cluster_id() -> str:
@@ -359,9 +371,17 @@ def _cluster_id() -> str:
     return identity
 
 
+def _environment() -> dict[str, str]:
+    """Ours, in an encoding in which Java finds every path."""
+    return {**os.environ, "LC_ALL": "C.UTF-8"}
+
+
 def _escaped(path: Path) -> str:
-    """A path as a value of a Java properties file."""
-    return str(path).replace("\\", "\\\\")
+    """A path as a value of a Java properties file, which is Latin-1."""
+    return "".join(
+        f"\\u{unit:04x}" if unit > 126 or chr(unit) == "\\" else chr(unit)
+        for unit in memoryview(str(path).encode("utf-16-le", "surrogatepass")).cast("H")
+    )
 
 
 def _listens(port: int) -> bool:

@@ -50,7 +50,7 @@ def cluster(broker: Broker) -> Iterator[Callable[..., KafkaConfig]]:
 
     yield make
     for config in made:
-        with suppress(OneRecError):
+        with suppress(OneRecError, TimeoutError):
             admin = topics.admin(config)
             for name, future in admin.delete_topics([config.named(name) for name in TOPICS]).items():
                 if error := future.exception(timeout=30):

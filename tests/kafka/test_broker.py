@@ -107,13 +107,25 @@ def test_a_folder_that_holds_something_else_is_left_alone(
     before = sorted(tmp_path.iterdir())
     with pytest.raises(UserError, match="give --dir an empty or a new folder"):
         Broker(tmp_path).start()
-    assert [path for path in sorted(tmp_path.iterdir()) if path.name not in ("lock", "server.properties")] == before
+    assert sorted(tmp_path.iterdir()) == before
 
 
 def test_a_file_in_place_of_the_folder_is_refused(kafka_tools: None, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="give --dir a folder that can be written"):
         Broker(tmp_path / "file").start()
+
+
+def test_a_folder_with_a_comma_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="comma"):
+        Broker(tmp_path / "a,b")
+
+
+def test_a_cache_that_cannot_be_written_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+    with pytest.raises(MissingTool, match="let XDG_CACHE_HOME name a folder that can be written"):
+        module.jars()
 
 
 def test_an_impossible_heap_is_refused(tmp_path: Path) -> None:
@@ -210,7 +222,7 @@ class Command:
 
 @pytest.fixture
 def command(kafka_tools: None, tmp_path: Path) -> Iterator[Command]:
-    started = Command(tmp_path / "broker")
+    started = Command(tmp_path / "a brök€r")
     yield started
     started.process.kill()
     started.process.wait()
