@@ -18,7 +18,7 @@ from streaming.kafka.producing import event_json
 from streaming.kafka.progress import ProgressLog
 from streaming.kafka.settings import KafkaConfig
 from streaming.kafka.tail import Tail
-from streaming.kafka.topics import require
+from streaming.kafka.topics import require, topic_ids
 from streaming.rows import events_of
 
 TOPIC: Final = "dead-letters"
@@ -77,7 +77,7 @@ def _redriven(config: KafkaConfig) -> Redriven:
 
 def _waiting(config: KafkaConfig, redriven: Redriven, reason: str | None) -> Iterator[Letter]:
     wait_decided(config, (TOPIC,))
-    with Tail(config, TOPIC, {0: None}) as tail:
+    with Tail(config, TOPIC, topic_ids(config, [TOPIC])[TOPIC], {0: None}) as tail:
         end = tail.bounds(0).high
         while tail.offsets[0] < end:
             for message in tail.read(READ, 0.2):

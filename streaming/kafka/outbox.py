@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 import types
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, Final, NamedTuple, Self
@@ -168,7 +169,10 @@ class Outbox:
         self._leaving = True
         self._thread.shutdown(wait=True)
         self._producer.purge()
-        self._producer.close()
+        with warnings.catch_warnings():
+            # What cannot be aborted from here, the next one's fence or the broker aborts.
+            warnings.simplefilter("ignore", RuntimeWarning)
+            self._producer.close()
 
     def __enter__(self) -> Self:
         return self

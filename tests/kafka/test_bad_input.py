@@ -12,7 +12,6 @@ from pathlib import Path
 
 import orjson
 import pytest
-from comparison import Tail
 from confluent_kafka import Producer
 from reference_log import SETTINGS, T0, Shape, lines, onerec, reference, write
 from stack import Stack
@@ -20,7 +19,7 @@ from stack import Stack
 from streaming.events import MAX_LINE_BYTES, Line, decode
 from streaming.kafka import settings
 from streaming.kafka.broker import Broker
-from streaming.kafka.outbox import wait_decided
+from streaming.kafka.dead_letters import letters
 from streaming.kafka.partitioning import partition_of
 from streaming.kafka.settings import KafkaConfig
 
@@ -51,9 +50,7 @@ BAD = (
 
 def refused(config: KafkaConfig) -> Counter[tuple[bytes, str]]:
     """(line, reason) of every dead letter."""
-    wait_decided(config, ["dead-letters"])
-    with Tail(config, "dead-letters") as tail:
-        return Counter((m.value(), dict(m.headers() or [])["reason"].decode()) for m in tail.rest())  # type: ignore[union-attr]
+    return Counter((letter.raw, letter.reason) for letter in letters(config))
 
 
 def refused_by_replay(state: Path) -> Counter[tuple[bytes, str]]:

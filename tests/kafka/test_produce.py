@@ -17,7 +17,6 @@ from typing import Any
 
 import orjson
 import pytest
-from comparison import Tail
 from confluent_kafka import Message, Producer
 from reference_log import Shape, lines, write
 from stack import Process
@@ -26,12 +25,15 @@ from onerec.errors import Failure, UserError
 from streaming.events import Line, decode
 from streaming.item_files import read_items
 from streaming.items import ItemRecord
-from streaming.kafka import settings
+from streaming.kafka import settings, topics
+from streaming.kafka.broker import Broker
 from streaming.kafka.outbox import CUT_BYTES, PACK_BYTES, RAW, Outbox, packed, wait_decided
 from streaming.kafka.partitioning import Partitioner, partition_of, partition_of_bytes
 from streaming.kafka.producing import Produce, event_json, progress_key
 from streaming.kafka.progress import ProgressLog
 from streaming.kafka.settings import KafkaConfig
+from streaming.kafka.tail import Tail
+from streaming.kafka.topics import topic_ids
 from streaming.kafka.wire import END, unpack
 from streaming.rows import KUAIRAND, events_of
 from streaming.sources import Position
@@ -52,8 +54,12 @@ def produce(config: KafkaConfig, *paths: Path, **named: Any) -> dict[str, Any]:
 
 
 def messages(config: KafkaConfig, topic: str) -> list[Message]:
-    with Tail(config, topic) as tail:
-        return list(tail.rest())
+    """Everything committed, in order within each partition."""
+    with Tail(config, topic, topic_ids(config, [topic])[topic], dict.fromkeys(range(config.partitions))) as tail:
+        read: list[Message] = []
+        while not tail.complete():
+            read += tail.read(10_000, 0.05)
+        return read
 
 
 def found(config: KafkaConfig) -> Placed:
@@ -403,6 +409,26 @@ def test_a_frozen_producer_that_wakes_doubles_nothing(cluster: Cluster, log: Pat
         time.sleep(0.02)
     assert frozen.exits == [1] and "has taken over" in frozen.tail(), frozen.tail()
     assert found(config) == wanted(config, log.read_bytes().split(b"\n"))
+
+
+@pytest.mark.slow
+def test_a_broker_that_dies_is_waited_for_and_left_when_asked(kafka_tools: None, log: Path, tmp_path: Path) -> None:
+    with Broker(tmp_path / "broker") as broker:
+        config = KafkaConfig(bootstrap=broker.bootstrap, partitions=2)
+        topics.create(config)
+        for leave, speed in ((True, "15"), (False, "60")):
+            process = Process("produce", words(config, log, "--speed", speed), tmp_path / "produce.log").start()
+            before = sum(map(len, found(config).values()))
+            while sum(map(len, found(config).values())) == before:
+                assert process.running, process.tail()
+            broker.kill()
+            time.sleep(1)
+            if leave:
+                assert process.stop(60) == 130, process.tail()
+            broker.start()
+            if not leave:
+                process.result(120)
+        assert found(config) == wanted(config, log.read_bytes().split(b"\n"))
 
 
 @pytest.mark.parametrize("decided", ["committed", "aborted"])

@@ -9,7 +9,6 @@ from typing import Any
 
 import orjson
 import pytest
-from comparison import Tail
 from confluent_kafka import Producer
 from reference_log import onerec
 from stack import Process
@@ -20,6 +19,8 @@ from streaming.kafka.dead_letters import Letter, entry, letters, redrive
 from streaming.kafka.outbox import RAW, wait_decided
 from streaming.kafka.partitioning import partition_of
 from streaming.kafka.settings import KafkaConfig
+from streaming.kafka.tail import Tail
+from streaming.kafka.topics import topic_ids
 
 Cluster = Callable[..., KafkaConfig]
 TS = 1_700_000_000_000
@@ -45,8 +46,9 @@ def raw_lines(config: KafkaConfig) -> list[tuple[str, int, bytes]]:
     wait_decided(config, RAW)
     found = []
     for topic in RAW:
-        with Tail(config, topic) as tail:
-            found += [(topic, message.partition(), message.value()) for message in tail.rest()]
+        with Tail(config, topic, topic_ids(config, [topic])[topic], dict.fromkeys(range(config.partitions))) as tail:
+            while not tail.complete():
+                found += [(topic, message.partition(), message.value()) for message in tail.read(1_000, 0.05)]
     return found
 
 
