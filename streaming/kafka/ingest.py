@@ -282,62 +282,67 @@ class Ingest:
 
     def _receive(self, messages: list[Any], now: float) -> None:
         """Sorts messages into their lanes; ends of partitions start the idle clocks."""
-        runs: dict[tuple[int, int], list[Raw]] = {}
-        lines = count = 0
-        schemas = self._schemas
+        runs: dict[tuple[str, int], list[Raw]] = {}
+        ends: dict[tuple[str, int], int] = {}
         for message in messages:
-            error, topic = message.error(), message.topic()
-            if topic is None:
-                self._heard(error)
-                self._raise_fault()
-                if error.fatal():
-                    raise Failure(f"kafka at {self._kafka.bootstrap}: {error.str()}; start `onerec ingest` again")
-                self._forget_idle(now)
+            if message.error() is not None:
+                place = self._note(message, now)
+                if place is not None:
+                    ends[place] = len(runs.get(place, ()))
                 continue
-            partition, source = message.partition(), self._source[topic]
-            if error is not None:
-                self._note(error, partition, source, message.offset(), now)
-                continue
-            lane = self._lanes.get(partition)
+            place = (message.topic(), message.partition())
+            run = runs.get(place)
+            if run is None:
+                run = runs[place] = []
+            headers = message.headers()
+            again = headers is not None and any(name == AGAIN_HEADER for name, _ in headers)
+            run.append(Raw(message.offset(), message.timestamp()[1], message.value() or b"", again))
+        count = lines = 0
+        for (topic, partition), run in runs.items():
+            lane, source = self._lanes.get(partition), self._source[topic]
             if lane is None:
                 continue
-            lane.since[source] = None
-            value = message.value() or b""
-            headers = message.headers()
-            again = bool(headers) and any(name == AGAIN_HEADER for name, _ in headers)
-            run = runs.get((partition, source))
-            if run is None:
-                run = runs[partition, source] = []
-            reason = ""
-            if schemas is not None and value:
-                line = schemas.line(RAW[source], value)
-                value, reason = (value, "bad_schema") if line is None else (line, "")
-            run.append(Raw(message.offset(), message.timestamp()[1], value, again, reason))
-            count += 1
-            lines += value.count(b"\n") + 1
-        for (partition, source), run in runs.items():
-            self._lanes[partition].add(source, run)
+            if ends.get((topic, partition)) != len(run):
+                lane.since[source] = None
+            lane.add(source, run if self._schemas is None else [self._read(self._schemas, source, raw) for raw in run])
+            count += len(run[:50])
+            lines += sum(raw.value.count(b"\n") + 1 for raw in run[:50])
         if count:
             self._most = max(10, min(MOST_MESSAGES, READ_LINES * count // lines))
 
-    def _note(self, error: Any, partition: int, source: int, offset: int, now: float) -> None:
+    def _read(self, schemas: Schemas, source: int, raw: Raw) -> Raw:
+        line = schemas.line(RAW[source], raw.value) if raw.value else raw.value
+        return raw._replace(reason="bad_schema") if line is None else raw._replace(value=line)
+
+    def _note(self, message: Any, now: float) -> tuple[str, int] | None:
+        """What the client has to say in place of a message; topic and partition where it is that the end was reached."""
+        error, topic, partition = message.error(), message.topic(), message.partition()
         code = error.code()
+        if topic is None:
+            self._heard(error)
+            self._raise_fault()
+            if error.fatal():
+                raise Failure(f"kafka at {self._kafka.bootstrap}: {error.str()}; start `onerec ingest` again")
+            self._forget_idle(now)
+            return None
+        source = self._source[topic]
         if code == codes.END_OF_PARTITION:
             lane = self._lanes.get(partition)
             if lane is not None:
-                lane.since[source], lane.ends[source] = now, offset
-        elif code == codes.FORGOTTEN:
+                lane.since[source], lane.ends[source] = now, message.offset()
+            return topic, partition
+        if code == codes.FORGOTTEN:
             raise Failure(
                 f"Kafka has forgotten offsets of {self._topics[source]}, partition {partition}, that were not read yet: "
                 "retention passed, or the topic was made anew. What was lost is lost; read what is left into topics of a new "
                 "kafka.prefix, and raise retention.ms"
             )
-        elif code in codes.NO_TOPIC:
+        if code in codes.NO_TOPIC:
             raise UserError(f"topic {self._topics[source]} is gone; `onerec topics --create` makes it")
-        elif code in REFUSED:
+        if code in REFUSED:
             raise UserError(f"topic {self._topics[source]}: {error.str()}; grant this user the right to read it")
-        else:
-            self._forget_idle(now)
+        self._forget_idle(now)
+        return None
 
     def _forget_idle(self, now: float) -> None:
         """Time that passed while nobody could tell what the topics hold does not count."""
