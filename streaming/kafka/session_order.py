@@ -41,6 +41,7 @@ class _Part:
         self.watermark: int | None = None
         # No session still to be read ends before.
         self.limit: float = -math.inf
+        self.last: float = -math.inf
         self.blocking_since: float | None = None
 
     def settle(self, gap_ms: int) -> None:
@@ -96,6 +97,7 @@ class SessionOrder:
         part = self._parts[waiting.partition]
         part.queue.append(waiting)
         part.sequence = waiting.sequence
+        part.last = waiting.end
         part.blocking_since = None
         self.held_bytes += waiting.size
 
@@ -145,16 +147,20 @@ class SessionOrder:
         The least of the partitions; those that never had an event are left out, and those that nothing was heard of for
         `stall_seconds`. To be asked after `release` ran to its end.
         """
-        known: list[int] = []
-        for part in self._parts.values():
-            if part.watermark is not None:
-                known.append(part.watermark)
-            elif part.heard is None and self._clock() - self._begun < self._stall_seconds:
-                return None
-            elif part.heard is not None and part.heard.watermark is not None:
-                return None
-        held = [part.queue[0].end + self._gap_ms for part in self._parts.values() if part.queue]
-        return min([*known, *held]) if known else None
+        parts = self._parts.values()
+        if any(part.heard is None for part in parts) and self._clock() - self._begun < self._stall_seconds:
+            return None
+        heard = [part.heard.watermark for part in parts if part.heard is not None and part.heard.watermark is not None]
+        if not heard:
+            return None
+        # Nothing that is still to come ends before this; far behind, it is all that is known.
+        rest = min(part.queue[0].end if part.queue else max(part.limit, part.last) for part in parts)
+        reached = [min(rest, *heard)]
+        if all(part.watermark is not None or part.heard is None or part.heard.watermark is None for part in parts):
+            known = [part.watermark for part in parts if part.watermark is not None]
+            reached.append(min([*known, *(part.queue[0].end + self._gap_ms for part in parts if part.queue)]))
+        newest = max(reached)
+        return None if math.isinf(newest) else int(newest)
 
     def waiting(self) -> list[int]:
         """Partitions that have sessions read and not yet released."""

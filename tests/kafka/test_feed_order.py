@@ -84,6 +84,20 @@ def test_progress_counts_only_once_the_sessions_it_speaks_of_were_read() -> None
     assert ends(order) == [4_000, 5_000] and order.watermark() == 9_000
 
 
+def test_far_behind_the_log_is_complete_to_what_comes_next() -> None:
+    order = make(0, 1)
+    order.hear([progress(0, 900, 90_000), progress(1, 900, 8_000)])
+    order.add(waiting(0, 1, 3_000))
+    assert ends(order) == [] and order.watermark() is None
+    order.add(waiting(1, 1, 2_000))
+    order.add(waiting(1, 2, 7_000))
+    assert ends(order) == [2_000, 3_000] and order.watermark() == 3_000
+    order.add(waiting(0, 2, 9_500))
+    assert ends(order) == [7_000] and order.watermark() == 7_000
+    order.add(waiting(1, 3, 9_000))
+    assert ends(order) == [9_000] and order.watermark() == 8_000, "never beyond what is known of the stream"
+
+
 def test_a_tie_waits_for_what_may_come_before_it() -> None:
     order = make(0, 1)
     order.add(waiting(0, 1, 5_000, "b"))
