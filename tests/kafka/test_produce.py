@@ -416,19 +416,25 @@ def test_a_broker_that_dies_is_waited_for_and_left_when_asked(kafka_tools: None,
     with Broker(tmp_path / "broker") as broker:
         config = KafkaConfig(bootstrap=broker.bootstrap, partitions=2)
         topics.create(config)
-        for leave, speed in ((True, "15"), (False, "60")):
-            process = Process("produce", words(config, log, "--speed", speed), tmp_path / "produce.log").start()
-            before = sum(map(len, found(config).values()))
-            while sum(map(len, found(config).values())) == before:
-                assert process.running, process.tail()
-            broker.kill()
-            time.sleep(1)
-            if leave:
-                assert process.stop(60) == 130, process.tail()
-            broker.start()
-            if not leave:
-                process.result(120)
-        assert found(config) == wanted(config, log.read_bytes().split(b"\n"))
+        other = tmp_path / "other.jsonl"
+        write(other, lines(Shape(users=60, minutes=20, items=300, seed=2)))
+        leaving = Process("leaving", words(config, log, "--speed", "30"), tmp_path / "leaving.log").start()
+        staying = Process("staying", words(config, other, "--speed", "30"), tmp_path / "staying.log").start()
+        while len(found(config)) < 4:
+            assert leaving.running and staying.running, leaving.tail() + staying.tail()
+        broker.kill()
+        time.sleep(1)
+        assert leaving.stop(60) == 130, leaving.tail()
+        broker.start()
+        staying.result(120)
+        produce(config, log)
+        placed = found(config)
+        for path in (log, other):
+            for place, mine in wanted(config, path.read_bytes().split(b"\n")).items():
+                held = set(mine)
+                assert [line for line in placed[place] if line in held] == mine
+                placed[place] = [line for line in placed[place] if line not in held]
+        assert not any(placed.values())
 
 
 @pytest.mark.parametrize("decided", ["committed", "aborted"])
