@@ -118,7 +118,7 @@ def feed(
 
         onerec feed --state rank1 --rank 1 --ranks 4
     """
-    from streaming.kafka.feeder import Feeder
+    from streaming.kafka.feeder import Feeder, Stopped
 
     settings = load_config(config, set, bootstrap)
 
@@ -129,10 +129,13 @@ def feed(
             f"{_lag(status)}{left}"
         )
 
-    with _stopping() as stop, Feeder(
-        settings.kafka, state, rank=rank, ranks=ranks, skip_forgotten=skip_forgotten, say=_say, stopped=lambda: bool(stop)
-    ) as feeder:
-        summary = _drive(feeder, stop, tell, until_end=until_end, json=json)
+    try:
+        with _stopping() as stop, Feeder(
+            settings.kafka, state, rank=rank, ranks=ranks, skip_forgotten=skip_forgotten, say=_say, stopped=lambda: bool(stop)
+        ) as feeder:
+            summary = _drive(feeder, stop, tell, until_end=until_end, json=json)
+    except Stopped as reason:
+        return _say(str(reason))
     if json:
         print_json(summary)
         return
@@ -164,6 +167,7 @@ def histories_replica(
 
         onerec histories-replica --state histories --bootstrap 127.0.0.1:9092
     """
+    from streaming.kafka.feeder import Stopped
     from streaming.kafka.replica import Replica
 
     settings = load_config(config, set, bootstrap)
@@ -171,8 +175,11 @@ def histories_replica(
     def tell(status: dict[str, Any]) -> str:
         return f"{status['users']:,} users, histories complete to {when(status['watermark'])}; {_lag(status)}"
 
-    with _stopping() as stop, Replica(settings.kafka, state, say=_say, stopped=lambda: bool(stop)) as replica:
-        summary = _drive(replica, stop, tell, until_end=until_end, json=json)
+    try:
+        with _stopping() as stop, Replica(settings.kafka, state, say=_say, stopped=lambda: bool(stop)) as replica:
+            summary = _drive(replica, stop, tell, until_end=until_end, json=json)
+    except Stopped as reason:
+        return _say(str(reason))
     if json:
         print_json(summary)
         return

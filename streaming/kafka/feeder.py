@@ -42,6 +42,10 @@ EVER: Final = 1 << 62
 FEED: Final = "feed"
 
 
+class Stopped(Exception):
+    """A stop was asked for before there was anything to do."""
+
+
 class _Head(msgspec.Struct):
     """What the order of a session asks of its message."""
 
@@ -320,14 +324,14 @@ class Feeder:
 
 
 def log_settings(log: ProgressLog, say: Callable[[str], None], stopped: Callable[[], bool]) -> Semantics:
-    """The semantic values of the log; waits for its first worker, who decides them. Raises UserError when stopped before."""
+    """The semantic values of the log; waits for its first worker, who decides them. Raises Stopped when stopped before."""
     told = False
     while True:
         log.refresh()
         if log.settings is not None:
             return log.settings
         if stopped():
-            raise UserError("stopped before the log had settings; start a worker (`onerec stream`) first")
+            raise Stopped("stopped before the first worker of this log (`onerec stream`) was started")
         if not told:
             say("waiting for the first worker of this log (`onerec stream`), whose settings are the log's")
             told = True

@@ -308,11 +308,18 @@ def test_it_follows_until_stopped_and_says_what_it_did(config: KafkaConfig, work
     assert summary["run"] == {"sessions": 1, "repeats": 0, "refused": 0, "forgotten": 0, "items": 0}
 
 
-def test_before_the_first_worker_it_waits_and_can_be_stopped(config: KafkaConfig, tmp_path: Path) -> None:
-    said: list[str] = []
-    with pytest.raises(UserError, match="stopped before the log had settings"):
-        Feeder(config, tmp_path / "state", say=said.append, stopped=lambda: bool(said))
-    assert "waiting for the first worker" in said[0] and not (tmp_path / "state").exists()
+@pytest.mark.parametrize("name", ["feed", "histories-replica"])
+def test_before_the_first_worker_it_waits_and_can_be_stopped(config: KafkaConfig, tmp_path: Path, name: str) -> None:
+    running = command(name, config, tmp_path / "state")
+    try:
+        assert running.stderr is not None
+        assert b"waiting for the first worker" in running.stderr.readline()
+        running.send_signal(signal.SIGTERM)
+        printed, complaints = running.communicate(timeout=20)
+    finally:
+        running.kill()
+    assert running.returncode == 0 and printed == b"" and b"stopped before the first worker" in complaints
+    assert not (tmp_path / "state").exists()
 
 
 @pytest.mark.slow
