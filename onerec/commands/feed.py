@@ -14,6 +14,7 @@ import typer
 from onerec.commands.stream import when
 from onerec.config import load_config
 from onerec.console import BootstrapOption, ConfigOption, JsonOption, SetOption, StateOption, err, out, print_json
+from onerec.garbage import calm
 
 STATUS_SECONDS = 5.0
 LIVE_SECONDS = 0.25
@@ -121,6 +122,7 @@ def feed(
     from streaming.kafka.feeder import Feeder, Stopped
 
     settings = load_config(config, set, bootstrap)
+    calm()
 
     def tell(status: dict[str, Any]) -> str:
         left = f", not waiting for partitions {status['left_out']}" if status["left_out"] else ""
@@ -171,6 +173,7 @@ def histories_replica(
     from streaming.kafka.replica import Replica
 
     settings = load_config(config, set, bootstrap)
+    calm()
 
     def tell(status: dict[str, Any]) -> str:
         return f"{status['users']:,} users, histories complete to {when(status['watermark'])}; {_lag(status)}"

@@ -10,6 +10,7 @@ import typer
 
 from onerec.config import load_config
 from onerec.console import BootstrapOption, ConfigOption, JsonOption, SetOption, err, out, print_json
+from onerec.garbage import calm
 
 if TYPE_CHECKING:
     from streaming.kafka.lane import Counts
@@ -40,6 +41,7 @@ def ingest(
     from streaming.kafka.ingest import Ingest
 
     settings = load_config(config, set, bootstrap)
+    calm()
     began = time.monotonic()
     shown: list[float] = [began, 0, 0]
     with err.status("ingest: waiting for partitions") as live:

@@ -14,6 +14,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, Ti
 from onerec.config import load_config
 from onerec.console import BootstrapOption, ConfigOption, JsonOption, SetOption, err, out, print_json
 from onerec.errors import UserError
+from onerec.garbage import calm
 
 if TYPE_CHECKING:
     from streaming.kafka.producing import Step
@@ -88,6 +89,7 @@ def produce(
     if speed is not None and not speed > 0:
         raise UserError(f"--speed {speed}: give a number above 0, such as 60 for a minute of the log a second")
     settings = load_config(config, set, bootstrap)
+    calm()
     mapping = parse_mapping(map)
     progress = Progress(
         TextColumn("produce"), BarColumn(), TextColumn("{task.percentage:>3.0f}%"), TextColumn("{task.fields[rate]}"),
