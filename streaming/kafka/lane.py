@@ -26,6 +26,8 @@ ROOM_ASIDES: Final = 20_000
 MARK_SECONDS: Final = 1.0
 """Between two time markers of a partition at least."""
 CALL_SECONDS: Final = 5.0
+DELIVERY_MS: Final = 15_000
+"""A message not taken in this time fails its transaction, which is made anew: seen to hang after a broker had stood still."""
 AGAIN_HEADER: Final = "moved"
 """On a raw message that `ingest` has put into the right partition: the topic:partition:offset:line it came from."""
 
@@ -342,7 +344,12 @@ def made(config: KafkaConfig, partition: int, on_step: Step, error_cb: Callable[
     """The partition's producer; whoever had it before is fenced and what he had begun is aborted."""
     on_step("open:fence", partition)
     producer = Producer(
-        settings.producer(config, transactional_id=config.named(f"ingest-{partition}")) | {"error_cb": error_cb}
+        settings.producer(
+            config,
+            transactional_id=config.named(f"ingest-{partition}"),
+            message_timeout_ms=min(DELIVERY_MS, config.transaction_timeout_ms),
+        )
+        | {"error_cb": error_cb}
     )
     producer.init_transactions(10.0)
     return producer

@@ -388,7 +388,7 @@ def test_time_in_which_the_broker_does_not_answer_makes_no_topic_idle(kafka_tool
             time.sleep(4.5)
             os.kill(broker.pid, signal.SIGCONT)
             raw.flush()
-            until(lambda: len(events(config)[0]) == 2, 60)
+            until(lambda: len(events(config)[0]) == 2, 90)
         finally:
             process.kill()
         assert events(config)[0] == [like(5, "u"), watch(10, "u")]
