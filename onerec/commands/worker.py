@@ -128,6 +128,7 @@ def _line(engine: Engine, rate: float) -> str:
         "lag unknown" if None in lags else f"lag {sum(lag or 0 for lag in lags):,}",
         f"log time {when(min(watermarks, default=None))}",
         *(f"{name} {_spans(numbers)}" for name, numbers in by_state.items() if numbers),
+        *([f"no answer from Kafka for {silent:.0f} s"] if (silent := engine.silent_seconds()) else []),
     ]
     return " · ".join(parts)
 
@@ -135,7 +136,9 @@ def _line(engine: Engine, rate: float) -> str:
 def _table(engine: Engine, rate: float) -> Table:
     from onerec.commands.stream import when
 
-    table = Table(title=f"{engine.events:,} events, {rate:,.0f} events/s", title_justify="left", box=None)
+    silent = engine.silent_seconds()
+    said = f", no answer from Kafka for {silent:.0f} s" if silent else ""
+    table = Table(title=f"{engine.events:,} events, {rate:,.0f} events/s{said}", title_justify="left", box=None)
     for name in ("partition", "state", "lag", "watermark (UTC)"):
         table.add_column(name)
     for each in engine.status():

@@ -31,7 +31,7 @@ from streaming.kafka.settings import KafkaConfig
 from streaming.kafka.wire import Chunk
 
 TICK_SECONDS: Final = 0.1
-STOP_SECONDS: Final = 15.0
+STOP_SECONDS: Final = 8.0
 FETCH_WAIT_MS: Final = 50
 """Faust's own 1500 keep a partition that just ran dry waiting while the others of its broker have nothing new."""
 BUFFERED_MESSAGES: Final = 2_048
@@ -56,6 +56,11 @@ class _ConsumerThread(AIOKafkaConsumerThread):
         consumer._isolation_level = "read_committed"
         consumer._fetch_max_wait_ms = FETCH_WAIT_MS
         return consumer
+
+    async def on_thread_stop(self) -> None:
+        """As Faust does; a broker that is away makes it fail, which is nobody's concern any more."""
+        with suppress(Exception, asyncio.CancelledError):
+            await super().on_thread_stop()
 
     async def seek_to_committed(self) -> Mapping[TP, int]:
         """Instead of the group's offsets, which count what was handed out and not what was applied."""
@@ -137,7 +142,7 @@ class StreamApp:
 
     def run(self) -> None:
         """Works until told to stop, or to the end. Raises Failure where the worker cannot go on."""
-        for name in ("faust", "mode", "aiokafka"):
+        for name in ("faust", "mode", "aiokafka", "asyncio"):
             logging.getLogger(name).setLevel(logging.CRITICAL)
         asyncio.run(self._main())
 

@@ -20,8 +20,12 @@ from streaming.kafka.settings import KafkaConfig
 
 SECONDS: Final = 0.5
 """Between two questions to the broker."""
-ANSWER_SECONDS: Final = 10.0
+ANSWER_SECONDS: Final = 5.0
 PROBE_SECONDS: Final = 5.0
+CLOSE_SECONDS: Final = 1.0
+"""Then a question still open at the end is left to the end of the process."""
+INSIST_SECONDS: Final = 60.0
+"""How long a broker may take to come back before a worker that needs an answer leaves."""
 
 
 class LogEnds:
@@ -30,7 +34,8 @@ class LogEnds:
     def __init__(self, config: KafkaConfig, positions: Callable[[], dict[int, int]]) -> None:
         self._topic = config.named("events")
         self._positions = positions
-        self._admin = AdminClient({**settings.client(config), "log_level": 0})
+        self._config = config
+        self._admin = self._connect()
         self._reader = Consumer(
             settings.consumer(
                 config, group_id=config.named("stream-ends"), enable_partition_eof=True,
@@ -56,31 +61,46 @@ class LogEnds:
         return 0 if self._empty.get(partition) == (position, end) else max(0, end - position)
 
     def first(self, partitions: list[int]) -> dict[int, int]:
-        """The oldest offset that Kafka still has. Raises Failure if the broker does not answer."""
-        return self._ask(partitions, OffsetSpec.earliest())
+        """The oldest offset that Kafka still has. Raises Failure if the broker does not answer for long."""
+        return self._insist(partitions, OffsetSpec.earliest())
 
     def end(self, partitions: list[int]) -> dict[int, int]:
-        """The end as of now. Raises Failure if the broker does not answer."""
-        return self._ask(partitions, OffsetSpec.latest())
+        """The end as of now. Raises Failure if the broker does not answer for long."""
+        return self._insist(partitions, OffsetSpec.latest())
 
     def close(self) -> None:
         """Ends the thread and leaves the broker."""
         self._stopping.set()
-        self._thread.join(PROBE_SECONDS + ANSWER_SECONDS)
+        self._thread.join(CLOSE_SECONDS)
         if not self._thread.is_alive():
             self._reader.close()
 
+    def _insist(self, partitions: list[int], which: OffsetSpec) -> dict[int, int]:
+        deadline = time.monotonic() + INSIST_SECONDS
+        while True:
+            try:
+                return self._ask(partitions, which)
+            except Failure:
+                if time.monotonic() > deadline or self._stopping.wait(SECONDS):
+                    raise
+
     def _ask(self, partitions: list[int], which: OffsetSpec) -> dict[int, int]:
-        wanted = {TopicPartition(self._topic, partition): which for partition in partitions}
-        if not wanted:
+        if not partitions:
             return {}
+        admin = self._admin
         try:
-            found = self._admin.list_offsets(
-                wanted, isolation_level=IsolationLevel.READ_COMMITTED, request_timeout=ANSWER_SECONDS
+            found = admin.list_offsets(
+                {TopicPartition(self._topic, partition): which for partition in partitions},
+                isolation_level=IsolationLevel.READ_COMMITTED, request_timeout=ANSWER_SECONDS,
             )
             return {place.partition: future.result(ANSWER_SECONDS + 1).offset for place, future in found.items()}
         except (KafkaException, TimeoutError) as error:
+            # A client that knew the broker before it went keeps asking with the leader's old epoch.
+            self._admin = self._connect()
             raise Failure(f"topic {self._topic}: the broker does not say where it begins and ends ({error})") from None
+
+    def _connect(self) -> AdminClient:
+        return AdminClient({**settings.client(self._config), "log_level": 0})
 
     def _run(self) -> None:
         while not self._stopping.wait(SECONDS):

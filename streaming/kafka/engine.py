@@ -13,7 +13,6 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from concurrent.futures import TimeoutError as NotYet
-from contextlib import suppress
 from typing import Any, Final, NamedTuple
 
 from onerec.errors import Failure
@@ -35,7 +34,7 @@ PATIENCE: Final = 10
 """A partition may wait so many times longer while others of this worker go on."""
 ANSWER_AGE: Final = 5.0
 """An end of the log older than this, in seconds, tells nothing any more."""
-SETTLE_SECONDS: Final = 10.0
+SETTLE_SECONDS: Final = 5.0
 LEAVE_SECONDS: Final = 20.0
 """How long a worker that knows that it is stuck may take to leave by itself."""
 
@@ -332,6 +331,11 @@ class Engine:
                     "so that a supervisor starts this worker anew"
                 )
 
+    def silent_seconds(self) -> float:
+        """Since the broker's last answer, where that is worth a word; else 0."""
+        silent = time.monotonic() - self._ends.answered_at
+        return silent if self._ends.answered_at and silent > ANSWER_AGE else 0.0
+
     def status(self) -> list[PartitionStatus]:
         """Every partition held."""
         now = time.monotonic()
@@ -366,8 +370,10 @@ class Engine:
     def finish(self) -> None:
         """What is on its way is let through, if the broker takes it in time; call it before the group is left."""
         done = self._opener.submit(self._settle, [p for p, held in self._held.items() if held.running])
-        with suppress(NotYet):
+        try:
             done.result(SETTLE_SECONDS)
+        except NotYet:
+            self.release()
         self._last = {p: held.progress for p, held in sorted(self._held.items()) if held.progress is not None}
 
     def release(self) -> None:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import sys
 import threading
 import types
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, Final, Literal, Protocol
 
@@ -20,8 +21,8 @@ from streaming.semantics import Semantics
 
 TOPICS: Final = ("events", "sessions", "histories", "progress", "dead-letters")
 STANDBY_SECONDS: Final = 1.0
-RELEASE_SECONDS: Final = 15.0
-"""After a request to stop, a batch that a broker out of reach holds up is given up; the next owner applies it again."""
+RELEASE_SECONDS: Final = 10.0
+"""After a request to stop: then writes on their way are given up; after as much again the process ends."""
 
 EngineName = Literal["faust", "group"]
 
@@ -61,10 +62,11 @@ def work(
     """
     topics.require(config, TOPICS)
     stop = stop or threading.Event()
-    with PartitionStore(state, semantics, config, on_step=on_step) as store:
+    with _released(stop) as release, PartitionStore(state, semantics, config, on_step=on_step) as store:
         driven = Engine(store, config, until_end=until_end, stop=stop, show=show)
+        release.append(driven.release)
         try:
-            with _released(stop, driven), _standby(store, driven, config) if standby else _nothing():
+            with _standby(store, driven, config) if standby else nullcontext():
                 _runner(engine, driven).run()
                 return driven.summary()
         finally:
@@ -72,23 +74,29 @@ def work(
 
 
 @contextmanager
-def _nothing() -> Iterator[None]:
-    yield
+def _released(stop: threading.Event) -> Iterator[list[Callable[[], None]]]:
+    """Sees to it that a worker told to stop does so, also while it waits for a broker that is away.
 
-
-@contextmanager
-def _released(stop: threading.Event, engine: Engine) -> Iterator[None]:
-    """Gives the partitions back in the engine's stead where it hangs in a write when it is told to stop."""
+    First it calls what the list holds then, which gives up the writes on their way; at last it ends the process, which is as
+    good as a kill at that moment: what was not committed is applied again by the next owner.
+    """
     done = threading.Event()
+    release: list[Callable[[], None]] = []
 
     def wait() -> None:
         stop.wait()
+        if done.wait(RELEASE_SECONDS):
+            return
+        for call in release:
+            call()
         if not done.wait(RELEASE_SECONDS):
-            engine.release()
+            sys.stderr.write("onerec: left without waiting any longer for Kafka, which does not answer; nothing is lost\n")
+            sys.stderr.flush()
+            os._exit(0)
 
     threading.Thread(target=wait, name="release", daemon=True).start()
     try:
-        yield
+        yield release
     finally:
         done.set()
 
