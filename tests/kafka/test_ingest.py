@@ -375,23 +375,22 @@ def test_time_in_which_the_broker_does_not_answer_makes_no_topic_idle(kafka_tool
         config = KafkaConfig(bootstrap=broker.bootstrap, partitions=1)
         topics.create(config)
         raw = Raw(config)
-        process = Process("ingest", ["ingest", *words_of(config, "stream.idle_ms=3000")], tmp_path / "ingest.log").start()
-        try:
-            until(lambda: b" 1 partition" in process.log.read_bytes(), 60)
-            time.sleep(1)
+        with running(configured(config, idle_ms=3_000)) as job:
+            until(lambda: job.partitions == [0], 60)
+            lane = job._lanes[0]
+            raw.put("interactions", 0, like(1, "u"))
             raw.put("watch", 0, watch(10, "u"))
             raw.flush()
-            time.sleep(1.5)
+            # The watch waits for what the other topic may have next.
+            until(lambda: job.counts.events == 1)
             os.kill(broker.pid, signal.SIGSTOP)
-            # An earlier event of the other topic, on its way while the broker stands still: it has to come first.
-            raw.put("interactions", 0, like(5, "u"))
-            time.sleep(4.5)
-            os.kill(broker.pid, signal.SIGCONT)
-            raw.flush()
-            until(lambda: len(events(config)[0]) == 2, 90)
-        finally:
-            process.kill()
-        assert events(config)[0] == [like(5, "u"), watch(10, "u")]
+            try:
+                time.sleep(5)
+                assert not lane.merger.empty and not lane.busy
+            finally:
+                os.kill(broker.pid, signal.SIGCONT)
+            until(lambda: job.counts.events == 2, 90)
+        assert events(config)[0] == [like(1, "u"), watch(10, "u")]
 
 
 def test_the_command_prints_one_line_of_json(cluster: Cluster, tmp_path: Path) -> None:
