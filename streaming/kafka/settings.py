@@ -197,7 +197,8 @@ def client(config: KafkaConfig, **settings: Any) -> dict[str, Any]:
         "ssl.key.password": found.key_password,
     }
     table |= {name: value for name, value in named.items() if value}
-    table |= {name.replace("_", "."): value for name, value in settings.items()}
+    # The one setting that librdkafka itself spells with an underscore.
+    table |= {name if name == "log_level" else name.replace("_", "."): value for name, value in settings.items()}
     return table
 
 
