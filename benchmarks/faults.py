@@ -26,7 +26,8 @@ from rich.table import Table
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests" / "kafka"))
 
-from chaos import Chaos, deck, make_log  # noqa: E402 - the harness of the tests
+from chaos import SHARES, WITH_TRAINER, Chaos, deck, make_log  # noqa: E402 - the harness of the tests
+from comparison import Tail  # noqa: E402
 from reference_log import Shape  # noqa: E402
 from stack import Stack  # noqa: E402
 
@@ -40,7 +41,7 @@ USERS = 3_000
 def soak(options: argparse.Namespace, folder: Path, console: Console) -> dict[str, Any]:
     """Runs the whole thing in `folder` and returns the report."""
     seconds = options.minutes * 60
-    shape = Shape(users=options.users, minutes=int(options.minutes * options.speed * 1.05) + 5, seed=options.seed)
+    shape = Shape(users=options.users, minutes=int(options.minutes * options.speed * 1.6) + 10, seed=options.seed)
     console.print(f"log: {shape.users:,} users, {shape.minutes:,} minutes of event time, {options.speed} times as fast")
     log, wanted = make_log(folder / "log", shape)
     console.print(f"reference: {wanted.counters}")
@@ -50,10 +51,15 @@ def soak(options: argparse.Namespace, folder: Path, console: Console) -> dict[st
         folder / "run", broker.bootstrap, engine=options.engine, prefix="soak-", partitions=options.partitions
     ) as stack:
         stack.topics()
-        chaos = Chaos(stack, broker, log, seed=options.seed, workers=options.workers, ingests=options.ingests)
+        chaos = Chaos(stack, broker, log, seed=options.seed, workers=options.workers, ingests=options.ingests,
+                      trains=options.train)
         chaos.begin(options.speed)
-        stack.wait(lambda: stack.events() > 0, 60, "the first events")
-        chaos.run(deck(options.kills, rng), seconds, lambda text: console.print(f"{time.monotonic() - began:6.0f} s  {text}"))
+        shares = WITH_TRAINER if options.train else SHARES
+
+        def tell(text: str) -> None:
+            console.print(f"{time.monotonic() - began:6.0f} s  {text}", highlight=False)
+
+        chaos.run(deck(options.kills, rng, shares), seconds, tell)
         tail = chaos.finish(600)
         chaos.stop()
         console.print(f"end of the log {tail:.0f} s after the last kill; comparing")
@@ -64,19 +70,24 @@ def soak(options: argparse.Namespace, folder: Path, console: Console) -> dict[st
             "kills": len(chaos.faults), "kills_inside_a_step": chaos.inside, "freezes_inside_a_step": chaos.freezes,
             "planned_hand_overs": chaos.stops, "own_exits": chaos.exits, "own_exit_lines": chaos.error_lines[:20],
             "tail_seconds": round(tail, 1), **verdict.summary(), "recovery": chaos.recoveries(),
-            "catch_up": catch_up(stack, folder / "catch-up"),
+            "trainer": chaos.school.report if chaos.school else None, "catch_up": catch_up(stack, folder / "catch-up"),
         }
+    if report["trainer"] and report["trainer"]["log"] != report["trainer"]["learnt"]:
+        report["faults"].append(f"trainer: {report['trainer']}")
+    if report["kills"] < options.kills:
+        report["faults"].append(f"only {report['kills']} kills before the log ended; give --users or --minutes more")
     return report
 
 
 def catch_up(stack: Stack, state: Path) -> dict[str, float]:
     """Seconds to restore every partition from the changelog onto an empty disk."""
     config = stack.config
+    with Tail(config.kafka, "histories") as tail:
+        records = sum(1 for _ in tail.rest())
     with PartitionStore(state, config.semantics, config.kafka) as store:
         began = time.monotonic()
         store.open(range(config.kafka.partitions))
         seconds = time.monotonic() - began
-        records = store.caught_up
     return {"records": records, "seconds": round(seconds, 3), "seconds_per_million": round(seconds / max(1, records) * 1e6, 2)}
 
 
@@ -95,7 +106,7 @@ def show(report: dict[str, Any], console: Console) -> None:
     console.print(table)
     names = (
         "events", "sessions", "kills", "kills_inside_a_step", "freezes_inside_a_step", "planned_hand_overs", "own_exits",
-        "lost", "double", "different", "catch_up", "seconds",
+        "lost", "double", "different", "trainer", "catch_up", "seconds",
     )
     for name in names:
         console.print(f"{name.replace('_', ' ')}: {report[name]}", highlight=False)
@@ -115,6 +126,7 @@ def arguments(words: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--partitions", type=int, default=6)
     parser.add_argument("--workers", type=int, default=3)
     parser.add_argument("--ingests", type=int, default=2)
+    parser.add_argument("--train", action=argparse.BooleanOptionalAction, default=True, help="a trainer beside, killed as well")
     parser.add_argument("--json", type=Path, help="file for the report")
     parser.add_argument("--keep", type=Path, help="folder for logs and states, kept; default a temporary one")
     options = parser.parse_args(words)

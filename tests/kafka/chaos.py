@@ -7,14 +7,16 @@ import shutil
 import statistics
 import time
 from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import orjson
 from confluent_kafka import IsolationLevel, KafkaException, TopicPartition
 from confluent_kafka.admin import AdminClient, OffsetSpec
-from reference_log import Reference, Shape, lines, reference, write
+from reference_log import Reference, Shape, lines, reference, settings, write
 from stack import Process, Stack
 
 from onerec.errors import OneRecError
@@ -30,6 +32,12 @@ SHARES = {
     "ingest": 16, "ingest inside a step": 8, "feeder": 8, "feeder, disk wiped": 3, "replica": 8, "replica, disk wiped": 3,
     "producer": 8, "broker": 3,
 }
+WITH_TRAINER = {**SHARES, "trainer": 6}
+PENDING = 3
+"""Faults that the system may still be recovering from when the next one comes."""
+PATIENCE = 180.0
+"""Seconds after which a recovery counts as failed."""
+TRAIN = ("train.preset=tiny", "train.score_share=0", "train.checkpoint_seconds=5", "train.threads=1")
 """Kind of kill → its share of all, in some unit."""
 
 
@@ -41,8 +49,14 @@ def deck(kills: int, rng: random.Random, shares: dict[str, int] | None = None) -
     names = list(wanted)
     while len(found) < kills:
         found.append(rng.choices(names, list(wanted.values()))[0])
+    found = found[:kills]
     rng.shuffle(found)
-    return found[:kills]
+    # The trainer begins to learn once there is something to learn from.
+    late = [kind for kind in found if kind == "trainer"]
+    rest = [kind for kind in found if kind != "trainer"]
+    for kind in late:
+        rest.insert(rng.randrange(len(rest) // 2, len(rest) + 1), kind)
+    return rest
 
 
 @dataclass
@@ -64,7 +78,9 @@ class Fault:
 class Chaos:
     """A stack under a log that is produced at a pace, and faults into it."""
 
-    def __init__(self, stack: Stack, broker: Broker, log: Path, *, seed: int, workers: int = 3, ingests: int = 2) -> None:
+    def __init__(
+        self, stack: Stack, broker: Broker, log: Path, *, seed: int, workers: int = 3, ingests: int = 2, trains: bool = False
+    ) -> None:
         self.stack = stack
         self.broker = broker
         self.rng = random.Random(seed)
@@ -73,6 +89,7 @@ class Chaos:
         self.feed = stack.feeder()
         self.replica = stack.replica()
         self.producer = stack.process("produce", "produce", log, "--end")
+        self.school = School(stack) if trains else None
         self.faults: list[Fault] = []
         self.freezes = 0
         self.inside = 0
@@ -86,11 +103,13 @@ class Chaos:
         self._produced = False
         self._watched = 0.0
         self._known_offsets: dict[int, int] = {}
-        self._admin = AdminClient(client(stack.config.kafka))
+        self._admin = AdminClient({**client(stack.config.kafka), "log_level": 0})
+        self._mending: Future[None] | None = None
+        self._mender = ThreadPoolExecutor(1)
 
     @property
     def roles(self) -> list[Process]:
-        return [*self.workers, *self.ingests, self.feed, self.replica]
+        return [*self.workers, *self.ingests, self.feed, self.replica, *(self.school.running() if self.school else [])]
 
     def begin(self, speed: float) -> None:
         """Starts everything."""
@@ -121,9 +140,14 @@ class Chaos:
         for name, (at, trap) in list(self._due.items()):
             if now >= at:
                 del self._due[name]
-                extra = self._speed if name == "produce" else []
+                extra = {"produce": self._speed, "trainer": ["--follow"]}.get(name, [])
                 self.stack.processes[name].start(*extra, trap=trap)
         self._wake(now)
+        if self._mending is not None and self._mending.done():
+            mended, self._mending = self._mending, None
+            mended.result()
+        if self.school:
+            self.school.step(sum(part.sessions for part in self.stack.progress().values()))
         self._observe()
 
     def _start_later(self, process: Process, seconds: float, trap: str = "") -> None:
@@ -190,7 +214,7 @@ class Chaos:
         role, inside, _ = role.partition(" inside")
         candidates = {
             "worker": self.workers, "ingest": self.ingests, "feeder": [self.feed], "replica": [self.replica],
-            "producer": [self.producer],
+            "producer": [self.producer], "trainer": [self.school.trainer] if self.school else [],
         }.get(role, [])
         alive = [process for process in candidates if process.running and not process.frozen]
         if role == "producer" and (self._produced or not alive):
@@ -203,8 +227,7 @@ class Chaos:
         fault = Fault(kind, time.time(), self._all_seen, alone=all(one.seconds is not None for one in self.faults))
         if role == "broker":
             self.broker.kill()
-            time.sleep(self.rng.uniform(0.0, 3.0))
-            self.broker.start()
+            self._mending = self._mender.submit(self._mend, self.rng.uniform(0.0, 3.0))
         else:
             victim = self.rng.choice(alive)
             # A worker's own progress will do; for those before it, something that they had not yet written has to arrive.
@@ -215,6 +238,9 @@ class Chaos:
                 fault.done = self._reader_at(victim, "sessions", sum(part.sessions for part in parts))
             elif role == "replica":
                 fault.done = self._reader_at(victim, "events", sum(part.counters.events for part in parts))
+            elif role == "trainer":
+                assert self.school is not None
+                fault.done = self.school.learnt
             victim.kill()
             self._damage(victim, how)
             trap = ""
@@ -225,6 +251,10 @@ class Chaos:
             self._start_later(victim, self.rng.choice((0.0, 0.0, 1.0, 3.0)), trap)
         self.faults.append(fault)
         return True
+
+    def _mend(self, seconds: float) -> None:
+        time.sleep(seconds)
+        self.broker.start(PATIENCE)
 
     def _trap(self, action: str, role: str) -> str:
         """The process started next will die or freeze by itself, inside a step."""
@@ -254,24 +284,33 @@ class Chaos:
             self._start_later(victim, self.rng.uniform(0.0, 4.0))
 
     def run(self, kinds: list[str], seconds: float, tell: Callable[[str], None] = lambda text: None) -> None:
-        """The kills, spread over the time; a planned hand-over after every tenth."""
-        began = time.monotonic()
+        """The kills, spread over the time; a planned hand-over after every tenth. Stops early where the log ends.
+
+        Raises StackError where the system does not recover.
+        """
+        self._until(lambda: self.stack.events() > 0, PATIENCE, "the first events")
         for number, kind in enumerate(kinds):
-            at = began + seconds * (number + self.rng.random()) / len(kinds)
-            while time.monotonic() < at:
-                self.step()
-                time.sleep(0.1)
-            deadline = time.monotonic() + 60
-            while not self.strike(kind):
-                if kind == "producer" and self._produced:
-                    tell("the log came to its end before the last kill of the producer")
-                    kind = "worker"
-                assert time.monotonic() < deadline, f"no process to hit for {kind!r}\n{self.stack.tails()}"
-                self.step()
-                time.sleep(0.1)
+            at = time.monotonic() + seconds / len(kinds) * self.rng.uniform(0.2, 1.8)
+            self._until(lambda: time.monotonic() >= at, 3_600, "time to pass")  # noqa: B023
+            self._until(lambda: self._ready() or self._produced, PATIENCE, "recovery")
+            self._until(lambda: self._produced or self.strike(kind), 60, f"{kind} to be there")  # noqa: B023
+            if self._produced:
+                tell("the log has come to its end")
+                return
             tell(f"{number + 1}: {kind}; {self.stack.events():,} events applied")
             if number % 10 == 9:
                 self.handover()
+
+    def _until(self, condition: Callable[[], object], seconds: float, what: str) -> None:
+        def reached() -> object:
+            self.step()
+            return condition()
+
+        self.stack.wait(reached, seconds, what, exits=True)
+
+    def _ready(self) -> bool:
+        """Whether the next fault may come."""
+        return self._mending is None and sum(fault.seconds is None for fault in self.faults) < PENDING
 
     def finish(self, seconds: float) -> float:
         """Lets the rest of the log through flat out; seconds until its end. Raises StackError."""
@@ -279,12 +318,7 @@ class Chaos:
         if not self._produced and self.producer.running:
             self.producer.kill()
         self._speed = []
-
-        def ended() -> bool:
-            self.step()
-            return self.stack.ended()
-
-        self.stack.wait(ended, seconds, "the end of the log")
+        self._until(self.stack.ended, seconds, "the end of the log")
         return time.monotonic() - began
 
     def stop(self, seconds: float = 300) -> None:
@@ -297,6 +331,8 @@ class Chaos:
         if self.replica.running:
             self.replica.kill()
         self.stack.drain(self.feed, self.replica, seconds=seconds)
+        if self.school:
+            self.school.finish(seconds)
         self.stack.close()
 
     def recoveries(self) -> dict[str, dict[str, Any]]:
@@ -311,6 +347,57 @@ class Chaos:
                 "alone": len(alone), "alone_median": _median(alone), "alone_max": max(alone, default=None),
             }
         return found
+
+
+class School:
+    """A trainer that learns without end from one partition's sessions, fed by a feeder of its own."""
+
+    FIRST_SESSIONS = 2_000
+
+    def __init__(self, stack: Stack) -> None:
+        self.feed = stack.feeder(0, stack.config.kafka.partitions)
+        assert self.feed.state is not None
+        self.state = self.feed.state
+        self.run = stack.root / "train"
+        self._options = settings(TRAIN)
+        self._items = stack.process("items", "items", "--state", self.state)
+        self.trainer = stack.process(
+            "trainer", "train", "--state", self.state, "--run", self.run, "--json", *self._options
+        )
+        self._begun = self._coded = False
+        self.report: dict[str, Any] = {}
+
+    def running(self) -> list[Process]:
+        """What a supervisor has to look after."""
+        return [self.feed, *([self.trainer] if self._coded else [])]
+
+    def step(self, sessions: int) -> None:
+        """Fits a codebook once there are sessions enough, then starts the trainer."""
+        if not self._begun and sessions >= self.FIRST_SESSIONS:
+            self._items.start()
+            self._begun = True
+        elif self._begun and not self._coded and not self._items.running:
+            assert self._items.exits.pop() == 0, self._items.tail()
+            self.trainer.start("--follow")
+            self._coded = True
+
+    def learnt(self, fault: Fault) -> float | None:
+        """When the first checkpoint after a fault was there."""
+        with suppress(OSError):
+            times = [path.stat().st_mtime for path in (self.run / "checkpoints").iterdir()]
+            return min((at for at in times if at > fault.at), default=None)
+        return None
+
+    def finish(self, seconds: float) -> None:
+        """Lets the trainer learn the rest, and counts."""
+        for process in (self.feed, self.trainer):
+            if process.running:
+                process.kill()
+        self.feed.start("--until-end").result(seconds)
+        result = orjson.loads(self.trainer.start().result(seconds).splitlines()[-1])
+        with Reader(self.state) as reader:
+            counters = reader.counters()
+        self.report = {"log": counters.high_quality, "learnt": result["sessions"], "steps": result["steps"]}
 
 
 def _median(values: list[float]) -> float | None:

@@ -26,7 +26,7 @@ class Tail:
     def __init__(self, config: KafkaConfig, topic: str) -> None:
         self.topic = topic
         self._consumer = Consumer(
-            consumer(config, group_id="comparison", auto_offset_reset="earliest", enable_partition_eof=True)
+            {**consumer(config, group_id="comparison", auto_offset_reset="earliest", enable_partition_eof=True), "log_level": 0}
         )
         found = self._consumer.list_topics(config.named(topic), timeout=20).topics[config.named(topic)]
         self._parts = sorted(found.partitions)
@@ -91,6 +91,10 @@ class Verdict:
         """Notes what is wrong, with a few examples."""
         if found:
             self.faults.append(f"{place}: {len(found)} {what}: {', '.join(str(one)[:300] for one in found[:SHOWN])}")
+
+    def report(self) -> str:
+        """Every fault on a line of its own."""
+        return "\n".join(self.faults)
 
     def summary(self) -> dict[str, Any]:
         return {"sessions": self.sessions, "lost": self.lost, "double": self.double, "different": self.different,

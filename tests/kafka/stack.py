@@ -220,7 +220,8 @@ class Stack:
         return self.process(f"worker{number}", "stream", "--engine", self.engine, state=True)
 
     def feeder(self, rank: int = 0, ranks: int = 1) -> Process:
-        return self.process(f"feed{rank}", "feed", "--rank", str(rank), "--ranks", str(ranks), state=True)
+        name = f"feed{rank}" if ranks == 1 else f"feed{rank}of{ranks}"
+        return self.process(name, "feed", "--rank", str(rank), "--ranks", str(ranks), state=True)
 
     def replica(self) -> Process:
         return self.process("replica", "histories-replica", state=True)
@@ -239,27 +240,23 @@ class Stack:
         return "\n".join(process.tail() for process in self.processes.values())
 
     def wait(
-        self, condition: Callable[[], object], seconds: float, what: str, *, supervise: bool = False, every: float = 0.1
+        self, condition: Callable[[], object], seconds: float, what: str, *, exits: bool = False, every: float = 0.1
     ) -> float:
         """Seconds until the condition held. Raises StackError after `seconds`.
 
-        Also raised once a process that we started ended by itself with an error, unless `supervise`: then it is started
-        again, as systemd or Kubernetes would.
+        Also raised once a process that we started ended by itself with an error, unless `exits` says that somebody else
+        looks after that.
         """
         began = time.monotonic()
         while not condition():
             if time.monotonic() - began > seconds:
                 raise StackError(f"{what}: not within {seconds} s; {self.state()}\n{self.tails()}")
-            for process in self.processes.values():
+            for process in () if exits else self.processes.values():
                 if process.running or not process.exits or not process.exits[-1]:
                     continue
                 code = process.exits[-1]
-                if process.doomed and code == -signal.SIGKILL:
-                    continue
-                if not supervise:
+                if not (process.doomed and code == -signal.SIGKILL):
                     raise StackError(f"{what}: {process.name} ended with {code}\n{self.tails()}")
-                process.exits.pop()
-                process.start()
             time.sleep(every)
         return time.monotonic() - began
 
@@ -296,9 +293,9 @@ class Stack:
         found = self.progress()
         return len(found) == self.config.kafka.partitions and all(part.ended for part in found.values())
 
-    def finish(self, seconds: float = 120, *, supervise: bool = False) -> float:
+    def finish(self, seconds: float = 120) -> float:
         """Waits until the stream has passed the end markers everywhere; seconds it took."""
-        return self.wait(self.ended, seconds, "the end of the log", supervise=supervise)
+        return self.wait(self.ended, seconds, "the end of the log")
 
     def drain(self, *readers: Process, seconds: float = 120) -> None:
         """Stops feeders and replicas, and runs each once more to the end of its topic."""

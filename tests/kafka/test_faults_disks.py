@@ -57,7 +57,7 @@ def test_disks_wiped_and_stale(engine: str, parts: Parts, cluster: Callable[...,
         stack.finish()
         stack.drain(feed, replica)
         verdict = stack.judge(parts.wanted, feeds=[feed], replica=replica)
-    assert verdict.faults == []
+    assert not verdict.faults, verdict.report()
 
 
 def test_lines_produced_again_under_another_name_are_counted_and_change_nothing(
@@ -81,7 +81,7 @@ def test_lines_produced_again_under_another_name_are_counted_and_change_nothing(
         parts.produce(stack, 2, end=True)
         stack.finish()
         verdict = stack.judge(parts.wanted)
-    assert verdict.faults == []
+    assert not verdict.faults, verdict.report()
 
 
 @pytest.mark.parametrize("engine", ["faust", "group"])
@@ -115,4 +115,4 @@ def test_workers_come_and_go_under_load(engine: str, cluster: Callable[..., Kafk
         producer.result(60)
         stack.finish()
         verdict = stack.judge(parts.wanted)
-    assert verdict.faults == []
+    assert not verdict.faults, verdict.report()

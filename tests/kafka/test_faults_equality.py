@@ -37,5 +37,5 @@ def test_sessions_histories_and_counters_are_those_of_replay(
         stack.finish()
         stack.drain(*feeds, replica)
         verdict = stack.judge(wanted, feeds=feeds, replica=replica)
-    assert verdict.faults == []
+    assert not verdict.faults, verdict.report()
     assert verdict.sessions == wanted.counters["sessions"] > 500

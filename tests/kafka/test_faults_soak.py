@@ -20,7 +20,7 @@ def test_a_deck_holds_every_kind_of_kill() -> None:
 
 
 def test_kills_of_every_kind_lose_and_double_nothing(kafka_tools: None, tmp_path: Path) -> None:
-    words = ["--kills", "24", "--minutes", "1.2", "--users", "1000", "--speed", "40", "--workers", "2", "--seed", "11"]
+    words = "--kills 24 --minutes 1.2 --users 1000 --speed 40 --workers 2 --seed 11 --no-train".split()
     code = faults.main([*words, "--keep", str(tmp_path / "run"), "--json", str(tmp_path / "report.json")])
     report = json.loads((tmp_path / "report.json").read_text())
     assert report["faults"] == []
