@@ -22,7 +22,6 @@ from rich.table import Table
 from benchmarks.kafka_tools import (
     Cluster,
     Process,
-    Sampler,
     create_plain,
     lines_of,
     onerec,
@@ -31,7 +30,7 @@ from benchmarks.kafka_tools import (
     preload,
 )
 from streaming.kafka.settings import consumer
-from streaming.kafka.wire import Progress, decode_progress
+from streaming.kafka.wire import END, Progress, decode_progress
 
 PEER_PACKAGES = [
     "faust-streaming==0.15.3", "quixstreams>=3.28,<4", "rocksdict==0.3.29", "uvloop", "cramjam", "orjson", "msgspec",
@@ -117,29 +116,27 @@ def bare(cluster: Cluster, state: Path, events: int) -> dict[str, Any]:
 
 
 def ingest(cluster: Cluster, folder: Path, events: int) -> dict[str, Any]:
-    """One `ingest` over what is in the raw topics, to the end markers."""
-    groups = cluster.config.named("ingest")
-    names = [cluster.config.named(name) for name in ("watch", "interactions")]
-    places = [TopicPartition(name, p) for name in names for p in range(cluster.partitions)]
-    reader = Consumer(consumer(cluster.config, group_id=groups))
-
-    def committed() -> int:
-        return sum(max(0, place.offset) for place in reader.committed(places, timeout=5))
-
-    sampler = Sampler(committed, 0.1)
+    """One `ingest` over what is in the raw topics, to the end markers; its pace by the times of the records that it wrote."""
     began = time.monotonic()
     with Process.onerec(folder / "ingest.log", "ingest", *cluster.options, "--until-end", "--json") as process:
-        sampler.start()
-        summary = process.finish(600)
+        used = 0.0
+        while process.running and time.monotonic() - began < 600:
+            used = max(used, process.cpu())
+            time.sleep(0.05)
+        summary = process.finish(1)
     wall = time.monotonic() - began
-    # Messages committed over time; the share of messages is that of events, all being packed alike.
-    curve = [(at, count) for at, count in sampler.end() if count]
-    reader.close()
-    first, last = curve[0], next(point for point in curve if point[1] == curve[-1][1])
-    moved = (last[1] - first[1]) / last[1]
-    # A log so short that it is one transaction has no pace of its own.
-    pace = events * moved / (last[0] - first[0]) if moved else events / wall
-    return {"rate": pace, "wall_rate": events / wall, "summary": summary}
+    written: dict[int, int] = {}
+
+    def count(message: Any) -> None:
+        at = message.timestamp()[1]
+        written[at] = written.get(at, 0) + (0 if message.value() == END else message.value().count(b"\n") + 1)
+
+    cluster.read("events", count)
+    # The records of a transaction carry the time of its beginning: what the last one holds took time after it, as much as the
+    # first one took before it.
+    first, last = min(written), max(written)
+    pace = (events - written[first]) / ((last - first) / 1000) if last > first else events / wall
+    return {"rate": pace, "wall_rate": events / wall, "per_cpu_second": events / used, "summary": summary}
 
 
 def stream(cluster: Cluster, folder: Path, engine: str, workers: int, *, one_core: bool = False) -> dict[str, Any]:
@@ -385,7 +382,7 @@ def show(result: dict[str, Any]) -> None:
     for pack, value in result["produce"].items():
         row(f"produce, {pack} a message", value)
     for pack, found in result["ingest"].items():
-        row(f"ingest, {pack} a message", found["rate"])
+        row(f"ingest, {pack} a message", found["rate"], f"{found['per_cpu_second']:,.0f} a CPU second")
     for engine, found in result.get("stream", {}).items():
         row(f"stream, one worker, {engine}", found["rate"], f"{found['per_cpu_second']:,.0f} a CPU second")
     for engine, found in result.get("scale", {}).items():
