@@ -7,6 +7,7 @@ import types
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from typing import Any, Final, NamedTuple, Self
 
 from confluent_kafka import IsolationLevel, KafkaException, Producer, TopicPartition
@@ -169,8 +170,8 @@ class Outbox:
         self._leaving = True
         self._thread.shutdown(wait=True)
         self._producer.purge()
-        with warnings.catch_warnings():
-            # What cannot be aborted from here, the next one's fence or the broker aborts.
+        # What cannot be aborted from here, the next one's fence or the broker aborts.
+        with warnings.catch_warnings(), suppress(KafkaException):
             warnings.simplefilter("ignore", RuntimeWarning)
             self._producer.close()
 
