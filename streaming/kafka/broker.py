@@ -339,6 +339,8 @@ class Broker:
         from confluent_kafka.admin import AdminClient
 
         deadline = time.monotonic() + seconds
+        properties = (self.directory / "data" / "meta.properties").read_text(encoding="utf-8")
+        identity = next((line[len("cluster.id=") :] for line in properties.splitlines() if line.startswith("cluster.id=")), "")
         admin: AdminClient | None = None
         while not stopping():
             if self._has_ended():
@@ -347,7 +349,8 @@ class Broker:
                 raise Failure(f"Kafka did not answer within {seconds:.0f} s: {self.fault()}; its log is {self.log}")
             if admin is not None:
                 with suppress(KafkaException):
-                    if admin.list_topics(timeout=1.0).brokers:
+                    # By its id: at the same port another broker may answer, which took it at the same moment.
+                    if admin.list_topics(timeout=1.0).cluster_id == identity:
                         return
             elif _listens(self._ports["PLAINTEXT"]):
                 admin = AdminClient({"bootstrap.servers": self.bootstrap, "log_level": 0})
