@@ -27,6 +27,7 @@ class Group:
         self._engine = engine
         self._topic = engine.config.named("events")
         self._paused: set[int] = set()
+        self._sought: dict[int, int] = {}
         self._hinted_at = time.monotonic()
         self._consumer = Consumer(
             settings.member(
@@ -46,13 +47,11 @@ class Group:
                 for partition, chunks in self._taken(self._consumer.consume(BATCH_MESSAGES, linger)).items():
                     again = engine.apply(partition, chunks)
                     if again is not None:
-                        self._seek(partition, again)
+                        self._sought[partition] = again
                 engine.check()
                 self._pause(engine.fenced())
-                for partition, offset in engine.opened().items():
-                    self._seek(partition, offset)
-                    self._consumer.resume(self._places([partition]))
-                    self._paused.discard(partition)
+                self._sought |= engine.opened()
+                self._seek()
                 self._hint()
             engine.finish()
         finally:
@@ -72,6 +71,8 @@ class Group:
         numbers = [place.partition for place in partitions]
         self._engine.revoke(numbers)
         self._paused -= set(numbers)
+        for partition in numbers:
+            self._sought.pop(partition, None)
         consumer.incremental_unassign(partitions)
 
     def _pause(self, partitions: Iterable[int]) -> None:
@@ -80,8 +81,14 @@ class Group:
             self._consumer.pause(self._places(fresh))
             self._paused |= fresh
 
-    def _seek(self, partition: int, offset: int) -> None:
-        self._consumer.seek(TopicPartition(self._topic, partition, offset))
+    def _seek(self) -> None:
+        """Goes to where partitions are to be read from; one that the client has only just got is not ready for it yet."""
+        for partition, offset in list(self._sought.items()):
+            with suppress(KafkaException):
+                self._consumer.seek(TopicPartition(self._topic, partition, offset))
+                self._consumer.resume(self._places([partition]))
+                self._paused.discard(partition)
+                del self._sought[partition]
 
     def _taken(self, messages: list[Any]) -> dict[int, list[Chunk]]:
         """Messages by partition, those of partitions that do not run left out."""
@@ -106,7 +113,7 @@ class Group:
         if error.code() == codes.FORGOTTEN and partition is not None and partition >= 0:
             # The store sees by the numbers whether anything is missing; if so it asks for it, and then it is said.
             if self._engine.runs(partition):
-                self._seek(partition, self._engine.first(partition))
+                self._sought[partition] = self._engine.first(partition)
         elif error.fatal() or error.code() in codes.NO_TOPIC:
             raise Failure(f"topic {self._topic}: {error.str()}; `onerec topics` says what is wrong")
 

@@ -152,13 +152,12 @@ def test_workers_come_and_go_and_die_under_load(
     assert judge(config, HISTORY, wanted).faults == []
 
 
-@engines
 def test_a_standby_has_a_copy_of_what_another_holds(
-    engine: str, log: Log, cluster: Make, worker: Callable[..., Process], tmp_path: Path
+    log: Log, cluster: Make, worker: Callable[..., Process], tmp_path: Path
 ) -> None:
     config = cluster(partitions=1)
     EventLog(config).write(log[0])
-    a, b = worker(config, engine, "a"), worker(config, engine, "b", "--standby")
+    a, b = worker(config, "group", "a"), worker(config, "group", "b", "--standby")
     a.start()
     wait(lambda: events(config), [a])
     b.start()
