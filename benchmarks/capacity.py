@@ -19,12 +19,11 @@ from typing import Any, Final
 
 import numpy as np
 
+from benchmarks.markers import put_between
 from benchmarks.train import step_flops
 from trainer.config import ModelConfig
 from trainer.presets import PRESETS
 
-BEGIN: Final = "<!-- computed by benchmarks/capacity.py: begin -->"
-END: Final = "<!-- computed by benchmarks/capacity.py: end -->"
 DAY: Final = 86_400
 PRESET: Final = "1B"
 
@@ -187,14 +186,10 @@ def main() -> None:
         parser.error(f"--assume {', '.join(sorted(unknown))}: known are "
                      + ", ".join(field.name for field in dataclasses.fields(Assumed)))
     text = tables(Assumed(**given), json.loads(options.figures.read_text()))
-    if not options.write:
+    if options.write:
+        put_between(options.write, "benchmarks/capacity.py", text)
+    else:
         print(text)
-        return
-    before, begin, rest = options.write.read_text().partition(BEGIN)
-    _, end, after = rest.partition(END)
-    if not begin or not end:
-        parser.error(f"{options.write} has not both markers: {BEGIN} {END}")
-    options.write.write_text(f"{before}{BEGIN}\n\n{text}\n\n{END}{after}")
 
 
 if __name__ == "__main__":
