@@ -29,6 +29,9 @@ from streaming.sessions import Session, decode_session, encode_session
 from streaming.state import NEVER, decode_due, history_of, is_seen
 
 FORMAT: Final = 1
+FEED: Final = "feed"
+REPLICA: Final = "replica"
+"""Sources whose states are copies of what Kafka holds."""
 FAMILIES: Final = ("users", "sessions", "items", "meta")
 _SEQUENCE = struct.Struct(">Q")
 
@@ -218,7 +221,13 @@ class Store(_Shared):
                             "use those, or replay into another folder")
 
     def core(self, **options: Any) -> Core:
-        """The stream's core, going on from what is stored."""
+        """The stream's core, going on from what is stored. Raises UserError for a state that others than replay write."""
+        for source, command in ((FEED, "feed"), (REPLICA, "histories-replica")):
+            if self.position(source) is not None:
+                raise UserError(
+                    f"state {self.state} is what `onerec {command}` copies from Kafka; another log does not belong there: give "
+                    "--state a folder of its own"
+                )
         # Through self, so that `close` can let go of the last handle and with it of the lock.
         def load(user_id: str) -> tuple[bytes | None, bytes | None] | None:
             users = self._database.users

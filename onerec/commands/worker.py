@@ -14,6 +14,7 @@ from rich.table import Table
 
 from onerec.config import load_config
 from onerec.console import BootstrapOption, ConfigOption, JsonOption, SetOption, StateOption, err, out, print_json
+from onerec.garbage import calm
 
 if TYPE_CHECKING:
     from streaming.kafka.engine import Engine
@@ -52,6 +53,7 @@ def stream(
     from streaming.kafka.worker import stopped_by_signals, work
 
     settings = load_config(config, set, bootstrap)
+    calm()
     stop = threading.Event()
     show, live = _shown(json)
     with stopped_by_signals(stop) as received, live:

@@ -9,13 +9,13 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable
-from typing import Final
+from typing import Any, Final
 
-from confluent_kafka import Consumer, IsolationLevel, KafkaException, TopicPartition
+from confluent_kafka import Consumer, IsolationLevel, KafkaError, KafkaException, TopicPartition
 from confluent_kafka.admin import AdminClient, OffsetSpec
 
-from onerec.errors import Failure
-from streaming.kafka import codes, settings
+from onerec.errors import Failure, UserError
+from streaming.kafka import codes, settings, topics
 from streaming.kafka.settings import KafkaConfig
 
 SECONDS: Final = 0.5
@@ -47,6 +47,8 @@ class LogEnds:
         self._looked: dict[int, tuple[int, int]] = {}
         self._empty: dict[int, tuple[int, int]] = {}
         self._before: dict[int, int] = {}
+        self.refusal: UserError | None = None
+        """Why the broker does not let us in any more: what was right at the start has been changed there."""
         self.answered_at = 0.0
         """Monotonic time of the broker's last answer; 0 before the first."""
         self._stopping = threading.Event()
@@ -95,12 +97,19 @@ class LogEnds:
             )
             return {place.partition: future.result(ANSWER_SECONDS + 1).offset for place, future in found.items()}
         except (KafkaException, TimeoutError) as error:
+            admin.poll(0)
             # A client that knew the broker before it went keeps asking with the leader's old epoch.
             self._admin = self._connect()
             raise Failure(f"topic {self._topic}: the broker does not say where it begins and ends ({error})") from None
 
     def _connect(self) -> AdminClient:
-        return AdminClient({**settings.client(self._config), "log_level": 0})
+        table: dict[str, Any] = {**settings.client(self._config), "log_level": 0, "error_cb": self._heard}
+        return AdminClient(table)
+
+    def _heard(self, error: KafkaError) -> None:
+        # TLS faults do not count: a broker that restarts cuts connections in the middle.
+        if error.code() in (codes.AUTHENTICATION, KafkaError.SASL_AUTHENTICATION_FAILED):
+            self.refusal = topics.refused(self._config, error)
 
     def _run(self) -> None:
         while not self._stopping.wait(SECONDS):

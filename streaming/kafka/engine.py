@@ -271,6 +271,7 @@ class Engine:
 
     def check(self) -> None:
         """To be called several times a second. Raises Failure where the worker is stuck."""
+        self._failure = self._failure or self._ends.refusal
         if self._failure is not None:
             raise self._failure
         now = time.monotonic()
@@ -305,6 +306,7 @@ class Engine:
         while not self._closing.wait(1.0):
             self._show(self)
             self._find_stall()
+            self._failure = self._failure or self._ends.refusal
             if self._failure is None:
                 continue
             # The engine's thread may be the one that hangs. The state is good for a kill at any moment.

@@ -26,7 +26,7 @@ from streaming.kafka.tail import Delay, Tail, same_topic
 from streaming.kafka.topics import require, topic_ids
 from streaming.kafka.wire import decode_session_message
 from streaming.semantics import Semantics
-from streaming.store import Store
+from streaming.store import FEED, REPLICA, Store
 
 READ: Final = 2_000
 READ_SECONDS: Final = 0.05
@@ -39,7 +39,6 @@ HOLD_BYTES: Final = 64 << 20
 """Of sessions that wait for those of other partitions; with more, partitions that have some are not read on."""
 ITEMS: Final = 1_000
 EVER: Final = 1 << 62
-FEED: Final = "feed"
 
 
 class Stopped(Exception):
@@ -114,7 +113,7 @@ class Feeder:
         """Checks whose log this is, and goes to where it stands."""
         store = self._store
         before = store.position(FEED)
-        if before is None and (store.last_sequence() or store.position("replica") or next(store.users(), None)):
+        if before is None and (store.last_sequence() or store.position(REPLICA) or next(store.users(), None)):
             raise UserError(
                 f"state {self._state} holds what replay or histories-replica wrote; give `onerec feed` a --state folder of its "
                 "own"

@@ -8,6 +8,7 @@ read for long enough to be left out, and when a quiet partition gets a time mark
 from __future__ import annotations
 
 import time
+from collections import deque
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Final
@@ -39,6 +40,8 @@ NAMES: Final = (*RAW, "events", "dead-letters", "catalogue")
 FULL_BYTES: Final = 8 << 20
 """Of memory that a source of a partition may hold; beyond it is paused, and below a quarter read on."""
 TICK_SECONDS: Final = 0.01
+GRACE_SECONDS: Final = 0.25
+"""Several answers of the broker (fetch.wait.max.ms) long: what is on its way to a quiet source shows in one of them."""
 READ_LINES: Final = 20_000
 MOST_MESSAGES: Final = 10_000
 ANSWER_SECONDS: Final = 10.0
@@ -101,7 +104,7 @@ class Ingest:
         self._on_step = on_step
         self._owner = Partitioner(self._kafka.partitions, self._kafka.partitioner)
         self.counts = Counts()
-        self._newest: int | None = None
+        self._newest: deque[tuple[float, int]] = deque()
         self._lanes: dict[int, Lane] = {}
         self._reopen: dict[int, float] = {}
         self._assigned: list[int] | None = None
@@ -304,6 +307,8 @@ class Ingest:
                 continue
             if ends.get((topic, partition)) != len(run):
                 lane.since[source] = None
+            lane.arrived_at = now
+            lane.burst_at = lane.burst_at or now
             lane.add(source, run if self._schemas is None else [self._read(self._schemas, source, raw) for raw in run])
             count += len(run[:50])
             lines += sum(raw.value.count(b"\n") + 1 for raw in run[:50])
@@ -362,18 +367,42 @@ class Ingest:
             if counts is not None:
                 self.counts.add(counts)
                 self._see(lane)
-            idle = [since is not None and now - since >= self._idle for since in lane.since]
+            idle = [self._is_idle(lane, source, now) for source in range(len(RAW))]
             lane.gather(now, idle)
-            if idle[0] and idle[1] and self._newest is not None and not lane.busy and lane.merger.held():
-                lane.mark(self._newest, now)
+            if lane.merger.empty:
+                lane.burst_at = None
+            if idle[0] and idle[1] and not lane.busy and lane.merger.held():
+                newest = self._newest_before(now - self._idle)
+                if newest is not None:
+                    lane.mark(newest, now)
             if lane.due(now):
                 lane.flush(self._pool, self._consumer.consumer_group_metadata())
         except Lost as lost:
             self._lose(lost, now)
 
+    def _is_idle(self, lane: Lane, source: int, now: float) -> bool:
+        """Whether a source is left out: nothing to read for long, and nothing on its way with what its neighbours just got.
+
+        A producer's transaction becomes visible in one partition after another. Until it has, the log goes on behind our end.
+        """
+        since = lane.since[source]
+        if since is None or now - since < self._idle:
+            return False
+        place = TopicPartition(self._topics[source], lane.partition)
+        if self._consumer.get_watermark_offsets(place, cached=True)[1] > lane.ends[source]:
+            return False
+        return lane.burst_at is None or now - lane.arrived_at >= GRACE_SECONDS or now - lane.burst_at >= 4 * GRACE_SECONDS
+
     def _see(self, lane: Lane) -> None:
-        if lane.newest is not None and (self._newest is None or lane.newest > self._newest):
-            self._newest = lane.newest
+        newest = self._newest[-1][1] if self._newest else None
+        if lane.newest is not None and (newest is None or lane.newest > newest):
+            self._newest.append((time.monotonic(), lane.newest))
+
+    def _newest_before(self, moment: float) -> int | None:
+        """The newest event time that was known then: later ones may have company on its way to a partition that looks quiet."""
+        while len(self._newest) > 1 and self._newest[1][0] <= moment:
+            self._newest.popleft()
+        return self._newest[0][1] if self._newest and self._newest[0][0] <= moment else None
 
     def _lose(self, lost: Lost, now: float) -> None:
         """Drops what the lane held. It is opened again: at once after a mishap, else when the other must have been heard of."""

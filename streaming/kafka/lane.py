@@ -93,6 +93,9 @@ class Lane:
         self.sources = (*self.merger.sources, self.items)
         self.since: list[float | None] = [None, None, None]
         """Monotonic time since which there has been nothing to read, by source; None while there may be."""
+        self.arrived_at = 0.0
+        """Monotonic time of the newest messages read; `burst_at`: of the first since all was taken."""
+        self.burst_at: float | None = None
         self.marked_at = 0.0
         self.ends = [-1, -1, -1]
         """Offset of the end, by source, when it was last reached."""

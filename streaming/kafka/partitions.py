@@ -284,7 +284,7 @@ class PartitionStore:
                 self._on_step("produce", partition)
                 self._produce(partition, part.producer, changes, pairs, progress, ends)
                 self._on_step("commit", partition)
-                self._commit(part)
+                self._ended(part, part.producer.commit_transaction)
                 break
             except KafkaException as exception:
                 error = exception.args[0]
@@ -303,22 +303,26 @@ class PartitionStore:
                 )
                 part.place = place
 
-    def _commit(self, part: _Part) -> None:
+    def _ended(self, part: _Part, end: Callable[[float], None]) -> None:
+        """Commits or aborts, however long the broker is away, as long as the partition is ours."""
         while True:
             try:
-                part.producer.commit_transaction(10)
-                return
+                return end(10)
             except KafkaException as exception:
                 if not exception.args[0].retriable() or part.closed:
                     raise
 
     def _abort(self, partition: int, part: _Part) -> None:
         try:
-            part.producer.abort_transaction(30)
+            self._ended(part, part.producer.abort_transaction)
         except KafkaException as exception:
-            if exception.args[0].code() in codes.FENCED or exception.args[0].fatal():
+            error = exception.args[0]
+            if error.code() in codes.FENCED or error.fatal() or part.closed:
                 raise Fenced(partition) from None
-            raise Failure(f"partition {partition}: a transaction cannot be ended: {exception.args[0].str()}") from None
+            raise Failure(
+                f"partition {partition}: a transaction cannot be ended ({error.str()}); started again, the worker goes on from "
+                "what is committed"
+            ) from None
 
     def _produce(
         self,

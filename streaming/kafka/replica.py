@@ -16,21 +16,20 @@ import msgspec
 
 from onerec.errors import Failure, UserError
 from streaming.changes import Counters
-from streaming.kafka.feeder import FEED, log_settings
+from streaming.kafka.feeder import log_settings
 from streaming.kafka.progress import ProgressLog
 from streaming.kafka.settings import KafkaConfig
 from streaming.kafka.tail import Delay, Tail, same_topic
 from streaming.kafka.topics import require, topic_ids
 from streaming.kafka.wire import NOTHING, PROGRESS_KEY, Progress, decode_progress
 from streaming.state import VERSION
-from streaming.store import Store
+from streaming.store import FEED, REPLICA, Store
 
 READ: Final = 20_000
 READ_SECONDS: Final = 0.05
 HOLD: Final = 50_000
 """Entries that wait at most for the end of their transactions."""
 HOLD_SECONDS: Final = 1.0
-REPLICA: Final = "replica"
 _WANTED: Final = (b"b"[0], b"l"[0])
 
 

@@ -28,7 +28,7 @@ class KafkaConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     """
 
     bootstrap: str = "127.0.0.1:9092"
-    prefix: str = ""
+    prefix: Annotated[str, Meta(pattern=r"^[A-Za-z0-9._-]{0,200}$")] = ""
     """Put before every topic, consumer group and transactional id."""
     partitions: Positive = 8
     """Of every topic by user; fixed for the life of a log."""
@@ -187,7 +187,8 @@ def client(config: KafkaConfig, **settings: Any) -> dict[str, Any]:
         "bootstrap.servers": config.bootstrap,
         "security.protocol": found.protocol,
         "client.id": "onerec",
-        "log_level": 3,
+        # Level 3 is a line a connection refused, many a second from each client; the commands say that a broker is away.
+        "log_level": 2,
         "socket.keepalive.enable": True,
         "reconnect.backoff.max.ms": 2_000,
     }

@@ -58,7 +58,7 @@ def admin(config: KafkaConfig, seconds: float = REACH_SECONDS) -> AdminClient:
     try:
         found = AdminClient(table)
     except KafkaException as error:
-        raise _refused(config, error.args[0]) from None
+        raise refused(config, error.args[0]) from None
     answer = found.describe_cluster(request_timeout=seconds)
     while True:
         try:
@@ -66,12 +66,12 @@ def admin(config: KafkaConfig, seconds: float = REACH_SECONDS) -> AdminClient:
             return found
         except KafkaException as error:
             known = [fault for fault in said if fault.name() not in ("_ALL_BROKERS_DOWN", "_TIMED_OUT")]
-            raise _refused(config, known[-1] if known else error.args[0]) from None
+            raise refused(config, known[-1] if known else error.args[0]) from None
         except TimeoutError:
             found.poll(0)
         for fault in said:
             if fault.name() in _HOPELESS or _is_tls(fault):
-                raise _refused(config, fault)
+                raise refused(config, fault)
 
 
 def _is_tls(error: KafkaError) -> bool:
@@ -79,7 +79,8 @@ def _is_tls(error: KafkaError) -> bool:
     return error.name() == "_SSL" or "SSL routines" in error.str()
 
 
-def _refused(config: KafkaConfig, error: KafkaError) -> UserError:
+def refused(config: KafkaConfig, error: KafkaError) -> UserError:
+    """Why the broker does not let us in, with the remedy."""
     name, said = error.name(), error.str()
     where = f"Kafka at {config.bootstrap}"
     if name in ("_AUTHENTICATION", "SASL_AUTHENTICATION_FAILED"):

@@ -13,10 +13,12 @@ from contextlib import suppress
 from pathlib import Path
 
 from comparison import Tail, Verdict, fold_progress, judge
-from confluent_kafka import KafkaException
+from confluent_kafka import ConsumerGroupState, KafkaException
+from confluent_kafka.admin import AdminClient
 from reference_log import SETTINGS, Reference, onerec
 
 from onerec.config import Config, load_config
+from streaming.kafka.settings import client
 from streaming.kafka.wire import Progress
 
 FROZEN = Path(__file__).with_name("frozen.py")
@@ -259,6 +261,18 @@ class Stack:
                     raise StackError(f"{what}: {process.name} ended with {code}\n{self.tails()}")
             time.sleep(every)
         return time.monotonic() - began
+
+    def shared(self, group: str, members: int, seconds: float = 60) -> float:
+        """Waits until a consumer group's partitions are shared out among so many members; seconds it took."""
+        admin = AdminClient(client(self.config.kafka, log_level=0))
+        name = self.config.kafka.named(group)
+
+        def settled() -> bool:
+            found = admin.describe_consumer_groups([name])[name].result()
+            busy = sum(bool(member.assignment and member.assignment.topic_partitions) for member in found.members)
+            return found.state == ConsumerGroupState.STABLE and busy == members
+
+        return self.wait(settled, seconds, f"{members} members in group {group}")
 
     def state(self) -> str:
         """One line on where the stream stands."""

@@ -52,7 +52,8 @@ def test_a_worker_that_wakes_inside_a_step_changes_nothing(
         sound = stack.worker(9).start()
         parts.feed(stack, 0)
         # Frozen inside a write: the sound worker takes their partitions over and goes on.
-        trapped = [stack.worker(number).start(trap=f"freeze:{step}:2") for number, step in enumerate(WRITE_STEPS)]
+        trapped = [stack.worker(number).start(trap=f"freeze:{step}:1") for number, step in enumerate(WRITE_STEPS)]
+        stack.shared("stream", len(trapped) + 1)
         parts.produce(stack, 1)
         stopped(stack, trapped)
         parts.settle(stack, 1)
@@ -83,9 +84,9 @@ def test_a_worker_that_dies_inside_a_step_loses_and_doubles_nothing(
     with Stack(tmp_path, config.bootstrap, engine=engine, prefix=config.prefix, partitions=8, semantic=QUICK) as stack:
         stack.ingest().start()
         for number, steps in enumerate((WRITE_STEPS[:2], WRITE_STEPS[2:], OPEN_STEPS)):
-            trapped = [
-                stack.worker(which).start(trap=f"kill:{step}:{1 if ':' in step else 2}") for which, step in enumerate(steps)
-            ]
+            trapped = [stack.worker(which).start(trap=f"kill:{step}:1") for which, step in enumerate(steps)]
+            if steps is not OPEN_STEPS:
+                stack.shared("stream", len(trapped))
             parts.produce(stack, number)
             died(stack, trapped)
             again = [process.start() for process in trapped]
@@ -115,7 +116,7 @@ def test_an_ingest_that_stops_inside_a_transaction_loses_and_doubles_nothing(
         stack.worker().start()
         sound = stack.ingest(9).start()
         parts.feed(stack, 0)
-        trapped = [stack.ingest(number).start(trap=f"{action}:{step}:2") for number, step in enumerate(INGEST_STEPS)]
+        trapped = [stack.ingest(number).start(trap=f"{action}:{step}:1") for number, step in enumerate(INGEST_STEPS)]
         parts.produce(stack, 1)
         if action == "freeze":
             stopped(stack, trapped)

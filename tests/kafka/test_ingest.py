@@ -27,6 +27,7 @@ from streaming.kafka import settings, topics
 from streaming.kafka.broker import Broker
 from streaming.kafka.ingest import Ingest
 from streaming.kafka.lane import Counts
+from streaming.kafka.outbox import Outbox
 from streaming.kafka.partitioning import partition_of
 from streaming.kafka.settings import KafkaConfig
 from streaming.kafka.wire import END, marker_time
@@ -391,6 +392,26 @@ def test_time_in_which_the_broker_does_not_answer_makes_no_topic_idle(kafka_tool
                 os.kill(broker.pid, signal.SIGCONT)
             until(lambda: job.counts.events == 2, 90)
         assert events(config)[0] == [like(1, "u"), watch(10, "u")]
+
+
+def test_a_backfill_after_a_quiet_time_is_merged_and_marks_nobody_late(cluster: Cluster) -> None:
+    config = cluster(partitions=6)
+    users = [user(partition, 6) for partition in range(6)]
+    with running(configured(config, idle_ms=1_000)) as job:
+        until(lambda: len(job.partitions) == 6)
+        time.sleep(2)
+        # A week in one transaction, as `produce` writes it: every partition has been idle for long when it comes.
+        with Outbox(config, "backfill") as outbox:
+            for hour in range(7 * 24):
+                for partition, name in enumerate(users):
+                    outbox.put("watch", partition, name, watch(hour * 3_600_000, name))
+                    outbox.put("interactions", partition, name, like(hour * 3_600_000 + 1, name))
+            outbox.commit({})
+            outbox.settle()
+        until(lambda: sum(len(part) for part in events(config).values()) >= 6 * 7 * 24 * 2)
+    for part in events(config).values():
+        times = [marker_time(line) or orjson.loads(line)["ts"] for line in part]
+        assert times == sorted(times)
 
 
 def test_the_command_prints_one_line_of_json(cluster: Cluster, tmp_path: Path) -> None:

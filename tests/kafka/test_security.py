@@ -285,3 +285,38 @@ def test_every_command_leaves_at_once_when_the_password_is_wrong(secure: Secure,
         assert "refuses the credentials" in said and "kafka.sasl_password_file" in said, f"{name}: {said}"
         assert "wrong-one-4711" not in said, name
         assert len(said.splitlines()) == 1, f"{name}: {said}"
+
+
+def set_password(secure: Secure, password: str) -> None:
+    change = UserScramCredentialUpsertion("alice", ScramCredentialInfo(ScramMechanism.SCRAM_SHA_512, 4096), password.encode())
+    admin = AdminClient({"bootstrap.servers": secure.broker.bootstrap})
+    for future in admin.alter_user_scram_credentials([change]).values():
+        future.result(30)
+
+
+@pytest.mark.slow
+def test_workers_leave_when_their_password_is_changed_under_them(secure: Secure, tmp_path: Path) -> None:
+    workers = []
+    try:
+        for engine in ("group", "faust"):
+            (folder := tmp_path / engine).mkdir()
+            prepared = commands(secure.sasl, f"changed-{engine}-", folder, engine)
+            subprocess.run(prepared["topics"], env=environment(secure.sasl), check=True, capture_output=True)
+            words = [word for word in prepared["stream"] if word not in ("--until-end", "--json")]
+            workers.append(subprocess.Popen(words, env=environment(secure.sasl), stderr=(folder / "said").open("wb")))
+        for engine in ("group", "faust"):
+            deadline = time.monotonic() + 60
+            while b"partitions 0-1" not in (tmp_path / engine / "said").read_bytes():
+                assert time.monotonic() < deadline, (tmp_path / engine / "said").read_text()
+                time.sleep(0.2)
+        set_password(secure, "another one")
+        secure.broker.stop()
+        secure.broker.start()
+        for engine, worker in zip(("group", "faust"), workers, strict=True):
+            assert worker.wait(90) == 2, engine
+            assert "refuses the credentials" in (tmp_path / engine / "said").read_text()
+    finally:
+        for worker in workers:
+            worker.kill()
+            worker.wait()
+        set_password(secure, PASSWORD)

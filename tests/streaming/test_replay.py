@@ -508,3 +508,11 @@ def test_flush_can_be_left_out_and_done_later(log: Path, tmp_path: Path) -> None
 def test_a_future_bound_wider_than_the_lateness_is_cut_to_it() -> None:
     assert StreamConfig(max_out_of_orderness_ms=10).future_ms == 10
     assert SessionConfig(gap_ms=5, feedback_delay_ms=50).feedback_ms == 5
+
+
+@pytest.mark.parametrize(("source", "command"), [("feed", "feed"), ("replica", "histories-replica")])
+def test_a_copy_of_kafka_takes_no_other_log(tmp_path: Path, source: str, command: str) -> None:
+    with Store(tmp_path / "state", Semantics()) as store:
+        store.append([], {source: {}}, watermark=None)
+        with pytest.raises(UserError, match=f"onerec {command}"):
+            store.core()
