@@ -127,6 +127,8 @@ class Ingest:
                 enable_partition_eof=True,
                 statistics_interval_ms=int(self._pulse.interval * 1000),
                 fetch_queue_backoff_ms=20,
+                # The longest that a rebalance waits for a member which is gone: a broker back from a crash may not notice.
+                max_poll_interval_ms=max(REJOIN_MS, self._kafka.session_timeout_ms),
             )
             | {"error_cb": self._heard, "stats_cb": self._pulse.heard}
         )
