@@ -44,6 +44,7 @@ GRACE_SECONDS: Final = 0.25
 """Several answers of the broker (fetch.wait.max.ms) long: what is on its way to a quiet source shows in one of them."""
 READ_LINES: Final = 20_000
 MOST_MESSAGES: Final = 10_000
+REJOIN_MS: Final = 60_000
 ANSWER_SECONDS: Final = 10.0
 REFUSED: Final = (
     KafkaError.TOPIC_AUTHORIZATION_FAILED, KafkaError.GROUP_AUTHORIZATION_FAILED, KafkaError.CLUSTER_AUTHORIZATION_FAILED,
