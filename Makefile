@@ -39,7 +39,9 @@ demo: $(VENV)/.package
 test: $(VENV)/.test $(VENV)/.package
 	$(BIN)/ruff check .
 	$(BIN)/mypy
-	$(BIN)/pytest -q -rs
+	$(BIN)/pytest -q -rs --ignore=tests/kafka
+	@echo "Kafka: a real broker for each of two processes, as most of the time goes in waiting for timeouts"
+	$(BIN)/pytest -q -rs -n 2 --dist loadfile tests/kafka
 
 clean:
 	rm -rf $(VENV) .demo build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
