@@ -15,6 +15,7 @@ import argparse
 import json
 import random
 import shutil
+import signal
 import sys
 import tempfile
 import time
@@ -139,6 +140,8 @@ def main(words: list[str] | None = None) -> int:
     """0 where nothing is lost, double or different."""
     options = arguments(words)
     console = Console(width=160)
+    # So that a stopped soak takes its processes along.
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(143))
     folder = options.keep or Path(tempfile.mkdtemp(prefix="onerec-faults-"))
     try:
         report = soak(options, folder, console)
