@@ -111,8 +111,9 @@ def topics(
 
 
 def _print_topics(states: list[State]) -> None:
-    table = Table()
-    for heading in ("topic", "partitions", "copies", "cleanup", "kept", "largest", "state"):
+    table = Table(box=None, pad_edge=False)
+    table.add_column("topic", overflow="fold")
+    for heading in ("partitions", "copies", "cleanup", "kept", "largest", "state"):
         table.add_column(heading, no_wrap=True)
     for state in states:
         retention = state.settings.get("retention.ms")

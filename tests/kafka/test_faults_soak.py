@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import random
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 from chaos import SHARES, deck
 
-from benchmarks import faults
+ROOT = Path(__file__).parents[2]
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(400)]
 
@@ -21,7 +23,8 @@ def test_a_deck_holds_every_kind_of_kill() -> None:
 
 def test_kills_of_every_kind_lose_and_double_nothing(kafka_tools: None, tmp_path: Path) -> None:
     words = "--kills 24 --minutes 1.2 --users 1000 --speed 40 --workers 2 --seed 11 --no-train".split()
-    code = faults.main([*words, "--keep", str(tmp_path / "run"), "--json", str(tmp_path / "report.json")])
+    kept = ["--keep", tmp_path / "run", "--json", tmp_path / "report.json"]
+    code = subprocess.run([sys.executable, "-m", "benchmarks.faults", *words, *kept], cwd=ROOT).returncode
     report = json.loads((tmp_path / "report.json").read_text())
     assert report["faults"] == []
     assert code == 0 and report["lost"] == report["double"] == report["different"] == 0

@@ -258,7 +258,9 @@ def test_a_partition_whose_worker_stands_still_holds_up_the_others_for_a_while_o
         while feeder.status()["watermark"] != T0 + 20 * 60_000:
             feeder.step()
             assert time.monotonic() < begun + 30
-        assert feeder.status()["lag_ms"] == 0
+        while feeder.status()["lag_ms"] != 0:
+            feeder.step()
+            assert time.monotonic() < begun + 30
     assert log(tmp_path / "state") == lines(session("b", 8), session("a", 9), session("c", 3))
 
 
