@@ -313,7 +313,7 @@ def test_workers_leave_when_their_password_is_changed_under_them(secure: Secure,
         secure.broker.stop()
         secure.broker.start()
         for engine, worker in zip(("group", "faust"), workers, strict=True):
-            assert worker.wait(90) == 2, engine
+            assert worker.wait(150) == 2, engine
             assert "refuses the credentials" in (tmp_path / engine / "said").read_text()
     finally:
         for worker in workers:
