@@ -22,10 +22,10 @@ def test_a_deck_holds_every_kind_of_kill() -> None:
 
 
 def test_kills_of_every_kind_lose_and_double_nothing(kafka_tools: None, tmp_path: Path) -> None:
-    words = "--kills 24 --minutes 1.2 --users 1000 --speed 40 --workers 2 --seed 11 --no-train".split()
+    words = "--kills 18 --minutes 0.9 --users 1000 --speed 40 --workers 2 --seed 11 --no-train".split()
     kept = ["--keep", tmp_path / "run", "--json", tmp_path / "report.json"]
     code = subprocess.run([sys.executable, "-m", "benchmarks.faults", *words, *kept], cwd=ROOT).returncode
     report = json.loads((tmp_path / "report.json").read_text())
     assert report["faults"] == []
     assert code == 0 and report["lost"] == report["double"] == report["different"] == 0
-    assert report["kills"] == 24 and report["sessions"] > 1_000
+    assert report["kills"] == 18 and report["sessions"] > 1_000
