@@ -16,8 +16,9 @@ from streaming.kafka.wire import Chunk
 
 HINT_SECONDS: Final = 5.0
 """Between two commits of the group's offsets, which only tell others how far we are."""
-POLL_INTERVAL_MS: Final = 600_000
-"""A broker that is away holds a batch up; only after so long the group counts the worker as gone."""
+POLL_INTERVAL_MS: Final = 60_000
+"""A broker that is away holds a batch up; after so long the group counts the worker as gone, and it joins anew. No longer: as
+long does a broker back from a crash wait for members that it does not know to be dead."""
 
 
 class Group:
@@ -31,7 +32,8 @@ class Group:
         self._hinted_at = time.monotonic()
         self._consumer = Consumer(
             settings.member(
-                engine.config, engine.config.named("stream"), max_poll_interval_ms=POLL_INTERVAL_MS,
+                engine.config, engine.config.named("stream"),
+                max_poll_interval_ms=max(POLL_INTERVAL_MS, engine.config.session_timeout_ms),
                 fetch_message_max_bytes=FETCH_BYTES,
             )
         )
