@@ -70,7 +70,8 @@ def measured(figures: dict[str, Any]) -> list[tuple[str, float, str, str]]:
     through, soak = figures["throughput"], figures["soak"]
     stream = max(found["rate"] for found in through["stream"].values())
     peak_memory = max(found["peak_mb"] for found in through["stream"].values())
-    recovery = statistics.median(found["seconds_per_million"] for found in figures["recovery"]["rounds"])
+    rounds = [soak["recovery"], *figures.get("recovery", {}).get("rounds", [])]
+    recovery = statistics.median(found["seconds_per_million"] for found in rounds)
     topics = soak["topic_bytes_per_event"]
     command = "`python -m benchmarks.kafka {}`".format
     return [

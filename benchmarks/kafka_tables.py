@@ -53,6 +53,8 @@ def throughput(found: dict[str, Any]) -> Iterator[str]:
         goal = FAUST_TIMES if name.startswith("Faust") else QUIX_TIMES
         yield (f"| {name} ({each['events']:,} events, {each['sessions']:,} sessions) | {each['rate']:,.0f} | {times[0]} | "
                f"{times[1]} | {_goal(best / each['rate'], goal, f'{goal}×')} |")
+    if "scale" not in found:
+        return
     yield "\n| engine | one worker | two workers | | one worker and broker on one core | two of both, to that |"
     yield "|---|---:|---:|---|---:|---|"
     for engine, each in found["scale"].items():
@@ -108,9 +110,12 @@ def soak(found: dict[str, Any], recoveries: list[dict[str, Any]]) -> Iterator[st
 
 def tables(figures: dict[str, Any]) -> str:
     """All of it in Markdown."""
-    parts = [("Events a second", throughput(figures["throughput"])), ("Seconds", latency(figures["latency"])),
-             ("Ten million events, a stall, recovery", soak(figures["soak"], figures["recovery"]["rounds"]))]
-    return "\n\n".join(f"### {title}\n\n" + "\n".join(lines) for title, lines in parts)
+    more = figures.get("recovery", {}).get("rounds", [])
+    parts = {"throughput": throughput, "latency": latency, "soak": lambda found: soak(found, more)}
+    titles = {"throughput": "Events a second", "latency": "Seconds", "soak": "Ten million events, a stall, recovery"}
+    return "\n\n".join(
+        f"### {titles[name]}\n\n" + "\n".join(table(figures[name])) for name, table in parts.items() if name in figures
+    )
 
 
 def main() -> None:
