@@ -83,7 +83,7 @@ def measured(figures: dict[str, Any]) -> list[tuple[str, float, str, str]]:
         ("histories_bytes", topics["histories"], "B an event in `histories`, as far as compacted", command("soak")),
         ("state_bytes", soak["state_bytes_per_user"], "B a user in a worker's RocksDB", command("soak")),
         ("state_events", soak["events"] / soak["users"], "events a user in that soak", command("soak")),
-        ("recovery", recovery, "s a million changelog records", command("recovery")),
+        ("recovery", recovery, "s a million changelog records", command("soak")),
         ("worker_mb", peak_memory, "MiB resident of a worker", command("throughput")),
     ]
 

@@ -11,14 +11,14 @@ import os
 import shutil
 import struct
 import tempfile
-import types
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any, Final, Self
+from typing import Any, Final
 
 import msgspec
 from rocksdict import AccessType, Rdict, WriteBatch
 
+from onerec.closing import Closing
 from onerec.errors import Failure, OneRecError, UserError
 from streaming.changes import Changes, Counters, DeadLetter
 from streaming.core import Core
@@ -91,7 +91,7 @@ def _read_progress(meta: Rdict) -> Progress:
     return Progress(Counters()) if value is None else msgspec.json.decode(value, type=Progress)
 
 
-class _Shared:
+class _Shared(Closing):
     """Reading methods that writer and secondary reader have in common."""
 
     state: Path
@@ -100,14 +100,6 @@ class _Shared:
     def close(self) -> None:
         """Releases the database and every handle on it."""
         self._database.close()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: types.TracebackType | None
-    ) -> None:
-        self.close()
 
     def progress(self) -> Progress:
         """Counters, watermark and sequences as last committed."""

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import signal
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Annotated, Any, Protocol
 
 import msgspec
@@ -15,6 +13,7 @@ from onerec.commands.stream import when
 from onerec.config import load_config
 from onerec.console import BootstrapOption, ConfigOption, JsonOption, SetOption, StateOption, err, out, print_json
 from onerec.garbage import calm
+from onerec.signals import stopping
 
 STATUS_SECONDS = 5.0
 LIVE_SECONDS = 0.25
@@ -42,23 +41,6 @@ class Job(Protocol):
 
 def _say(text: str) -> None:
     err.print(text, highlight=False, markup=False, soft_wrap=True)
-
-
-@contextmanager
-def _stopping() -> Iterator[list[int]]:
-    """A list that is filled by SIGTERM or SIGINT; a second signal ends the process at once."""
-    stop: list[int] = []
-
-    def handle(number: int, _: Any) -> None:
-        signal.signal(number, signal.SIG_DFL)
-        stop.append(number)
-
-    before = {number: signal.signal(number, handle) for number in (signal.SIGTERM, signal.SIGINT)}
-    try:
-        yield stop
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 
 def _drive(
@@ -132,7 +114,7 @@ def feed(
         )
 
     try:
-        with _stopping() as stop, Feeder(
+        with stopping() as stop, Feeder(
             settings.kafka, state, rank=rank, ranks=ranks, skip_forgotten=skip_forgotten, say=_say, stopped=lambda: bool(stop)
         ) as feeder:
             summary = _drive(feeder, stop, tell, until_end=until_end, json=json)
@@ -179,7 +161,7 @@ def histories_replica(
         return f"{status['users']:,} users, histories complete to {when(status['watermark'])}; {_lag(status)}"
 
     try:
-        with _stopping() as stop, Replica(settings.kafka, state, say=_say, stopped=lambda: bool(stop)) as replica:
+        with stopping() as stop, Replica(settings.kafka, state, say=_say, stopped=lambda: bool(stop)) as replica:
             summary = _drive(replica, stop, tell, until_end=until_end, json=json)
     except Stopped as reason:
         return _say(str(reason))

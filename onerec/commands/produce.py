@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-import signal
-import types
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -15,26 +11,10 @@ from onerec.config import load_config
 from onerec.console import BootstrapOption, ConfigOption, JsonOption, SetOption, err, out, print_json
 from onerec.errors import UserError
 from onerec.garbage import calm
+from onerec.signals import interruptible
 
 if TYPE_CHECKING:
     from streaming.kafka.producing import Step
-
-
-@contextmanager
-def _interruptible() -> Iterator[None]:
-    """SIGTERM ends the run as Ctrl-C does: between two transactions."""
-
-    def stop(number: int, frame: types.FrameType | None) -> None:
-        raise KeyboardInterrupt
-
-    before = signal.signal(signal.SIGTERM, stop)
-    try:
-        yield
-    except KeyboardInterrupt:
-        err.print("stopped; what is committed stays, the same command goes on from there")
-        raise typer.Exit(130) from None
-    finally:
-        signal.signal(signal.SIGTERM, before)
 
 
 def produce(
@@ -95,7 +75,7 @@ def produce(
         TextColumn("produce"), BarColumn(), TextColumn("{task.percentage:>3.0f}%"), TextColumn("{task.fields[rate]}"),
         TimeElapsedColumn(), TimeRemainingColumn(), console=err, transient=json, disable=not err.is_terminal,
     )
-    with _interruptible(), progress:
+    with interruptible("stopped; what is committed stays, the same command goes on from there"), progress:
         task = progress.add_task("produce", total=1.0, rate="")
 
         def show(step: Step) -> None:

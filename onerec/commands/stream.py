@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import datetime
-import signal
 import sys
-import types
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -19,6 +16,7 @@ from rich.table import Table
 from onerec.config import load_config
 from onerec.console import ConfigOption, JsonOption, SetOption, StateOption, err, out, print_json
 from onerec.errors import UserError
+from onerec.signals import interruptible
 
 if TYPE_CHECKING:
     from streaming.replay import Step
@@ -40,23 +38,6 @@ def when(ms: int | None) -> str:
     if ms is None:
         return "no data"
     return datetime.datetime.fromtimestamp(ms / 1000, datetime.UTC).strftime("%Y-%m-%d %H:%M:%S")
-
-
-@contextmanager
-def _interruptible() -> Iterator[None]:
-    """SIGTERM ends the replay as Ctrl-C does: between two commits, with everything before it stored."""
-
-    def stop(number: int, frame: types.FrameType | None) -> None:
-        raise KeyboardInterrupt
-
-    before = signal.signal(signal.SIGTERM, stop)
-    try:
-        yield
-    except KeyboardInterrupt:
-        err.print("stopped; all commits so far are stored, the same command goes on from there")
-        raise typer.Exit(130) from None
-    finally:
-        signal.signal(signal.SIGTERM, before)
 
 
 def replay(
@@ -104,7 +85,8 @@ def replay(
         raise UserError(f"--speed {speed}: give a number above 0, such as 60 for a minute of the log a second")
     settings = load_config(config, set)
     mapping = parse_mapping(map)
-    with _interruptible(), Store(state, settings.semantics) as store:
+    stopped = "stopped; all commits so far are stored, the same command goes on from there"
+    with interruptible(stopped), Store(state, settings.semantics) as store:
         if items:
             _put_items(store, items)
         progress = Progress(

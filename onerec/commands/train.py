@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,6 +13,7 @@ import typer
 from onerec.config import explicit_settings, load_config
 from onerec.console import ConfigOption, JsonOption, RunOption, SetOption, StateOption, err, out, print_json
 from onerec.errors import UserError
+from onerec.signals import stopping
 
 if TYPE_CHECKING:
     from trainer.loop import Progress, Result
@@ -66,7 +66,7 @@ def train(
     from trainer.loop import METRICS_FILE
     from trainer.loop import train as learn
 
-    with _stopping() as stop, _reporting(quiet=json) as report:
+    with stopping("stopping after this batch; a checkpoint is written") as stop, _reporting(quiet=json) as report:
         result = learn(
             state,
             run,
@@ -87,24 +87,6 @@ def train(
         print_json({**msgspec.to_builtins(result), "scored_windows": scored, "scores": scores})
     else:
         _print_summary(result, scored, scores)
-
-
-@contextmanager
-def _stopping() -> Iterator[list[int]]:
-    """A list that is filled by SIGTERM or SIGINT; a second signal ends the process at once."""
-    stop: list[int] = []
-
-    def handle(number: int, _: Any) -> None:
-        signal.signal(number, signal.SIG_DFL)
-        stop.append(number)
-        err.print("stopping after this batch; a checkpoint is written")
-
-    before = {number: signal.signal(number, handle) for number in (signal.SIGTERM, signal.SIGINT)}
-    try:
-        yield stop
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 
 @contextmanager

@@ -10,6 +10,7 @@ from confluent_kafka import KafkaError
 END_OF_PARTITION: Final = KafkaError._PARTITION_EOF
 FORGOTTEN: Final = KafkaError._AUTO_OFFSET_RESET
 """The offset asked for is not in the log any more (or not yet)."""
+STATE: Final = KafkaError._STATE
 TIMED_OUT: Final = KafkaError._TIMED_OUT
 QUEUE_FULL: Final = KafkaError._QUEUE_FULL
 AUTHENTICATION: Final = KafkaError._AUTHENTICATION

@@ -8,14 +8,14 @@ that it is also known how many are missing where Kafka has forgotten some.
 from __future__ import annotations
 
 import time
-import types
 from collections.abc import Callable, Iterable
 from itertools import islice
 from pathlib import Path
-from typing import Any, Final, Self
+from typing import Any, Final
 
 import msgspec
 
+from onerec.closing import Closing
 from onerec.errors import Failure, UserError
 from streaming.events import REASONS, Rejected, decode
 from streaming.items import ItemRecord
@@ -66,7 +66,7 @@ class Fed(msgspec.Struct, kw_only=True):
     items: int = 0
 
 
-class Feeder:
+class Feeder(Closing):
     """Copies the partitions `p % ranks == rank` of `sessions`, and all of `catalogue`, into the session log of a state.
 
     Raises UserError where topics are missing, the state is of another use, rank or count, or a topic was made anew; Failure
@@ -312,14 +312,6 @@ class Feeder:
             if isinstance(opened, Store):
                 opened.sync()
             opened.close()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: types.TracebackType | None
-    ) -> None:
-        self.close()
 
 
 def log_settings(log: ProgressLog, say: Callable[[str], None], stopped: Callable[[], bool]) -> Semantics:

@@ -280,7 +280,7 @@ class Ingest:
                 self._reopen[partition] = now + 1.0
             code = error.args[0]
             self._heard(code)
-            if not code.retriable() and code.code() not in (*codes.AWAY, *THEIRS, KafkaError._STATE):  # noqa: SLF001
+            if not code.retriable() and code.code() not in (*codes.AWAY, *THEIRS, codes.STATE):
                 raise Failure(f"partitions {partitions} cannot be opened: {code.str()}") from None
             return
         for partition in partitions:

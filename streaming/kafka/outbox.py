@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import time
-import types
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
-from typing import Any, Final, NamedTuple, Self
+from typing import Any, Final, NamedTuple
 
 from confluent_kafka import IsolationLevel, KafkaException, Producer, TopicPartition
 from confluent_kafka.admin import OffsetSpec
 
+from onerec.closing import Closing
 from onerec.errors import Failure
 from streaming.kafka import codes, settings
 from streaming.kafka.progress import TOPIC as PROGRESS
@@ -41,7 +41,7 @@ class Gathered(NamedTuple):
     records: Mapping[bytes, bytes]
 
 
-class Outbox:
+class Outbox(Closing):
     """A transactional producer that writes whole transactions, one in flight while the next is gathered.
 
     `pack` lines of one partition go into one message; `topics` are needed beside the raw ones. Opening it fences whoever used
@@ -174,14 +174,6 @@ class Outbox:
         with warnings.catch_warnings(), suppress(KafkaException):
             warnings.simplefilter("ignore", RuntimeWarning)
             self._producer.close()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: types.TracebackType | None
-    ) -> None:
-        self.close()
 
 
 def packed(lines: list[bytes], pack: int) -> list[bytes]:

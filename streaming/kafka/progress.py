@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import time
-import types
-from typing import Any, Final, Self
+from typing import Any, Final
 
 import msgspec
 from confluent_kafka import OFFSET_BEGINNING, Consumer, KafkaError, KafkaException, Producer, TopicPartition
 
+from onerec.closing import Closing
 from onerec.errors import Failure, UserError
 from streaming.kafka import codes, settings
 from streaming.kafka.settings import KafkaConfig
@@ -26,7 +26,7 @@ class _Settings(msgspec.Struct):
     semantics: Semantics
 
 
-class ProgressLog:
+class ProgressLog(Closing):
     """A reader of `progress`; what it knows is as of the last `refresh`.
 
     `partitions`: partition → progress; `settings`: the semantic values of the log, None before its first worker;
@@ -84,14 +84,6 @@ class ProgressLog:
     def close(self) -> None:
         """Leaves the broker."""
         self._consumer.close()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: types.TracebackType | None
-    ) -> None:
-        self.close()
 
 
 def agree(config: KafkaConfig, semantics: Semantics) -> None:

@@ -7,13 +7,13 @@ host that is catching up, and the offsets are in the same write: whenever it die
 from __future__ import annotations
 
 import time
-import types
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Final, Self
+from typing import Any, Final
 
 import msgspec
 
+from onerec.closing import Closing
 from onerec.errors import Failure, UserError
 from streaming.changes import Counters
 from streaming.kafka.feeder import log_settings
@@ -64,7 +64,7 @@ class _Part(msgspec.Struct):
         self.last = None
 
 
-class Replica:
+class Replica(Closing):
     """Keeps `histories` in a normal state, whose readers need not know about Kafka.
 
     Raises UserError where topics are missing, the state is of another use, or the topic was made anew; Failure for entries of
@@ -220,14 +220,6 @@ class Replica:
         self._tail.close()
         self._store.sync()
         self._store.close()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: types.TracebackType | None
-    ) -> None:
-        self.close()
 
 
 def _sum(progress: list[Progress]) -> Counters:

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import time
-import types
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple, Self
+from typing import Any, NamedTuple
 
 from confluent_kafka import Consumer, KafkaException, TopicPartition
 
+from onerec.closing import Closing
 from onerec.errors import Failure, UserError
 from streaming.kafka import codes, settings
 from streaming.kafka.settings import KafkaConfig
@@ -31,7 +31,7 @@ class Bounds(NamedTuple):
     high: int
 
 
-class Tail:
+class Tail(Closing):
     """Reads committed records of one topic's partitions, each from the offset given, or from its beginning.
 
     `offsets`: partition → where to go on: behind the newest record read, and at the end of the log once that was reached
@@ -183,14 +183,6 @@ class Tail:
     def close(self) -> None:
         """Leaves the broker."""
         self._consumer.close()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: types.TracebackType | None
-    ) -> None:
-        self.close()
 
 
 def same_topic(topic: str, state: Path, position: Mapping[str, Any], topic_id: str) -> None:
