@@ -11,7 +11,7 @@ import msgspec
 from onerec.errors import UserError
 from streaming.kafka.settings import KafkaConfig
 from streaming.semantics import HistoryConfig, Positive, Semantics, SessionConfig, StreamConfig, WatchConfig
-from trainer.config import BeamConfig, CatalogueConfig, TrainConfig
+from trainer.config import BeamConfig, CatalogueConfig, PreferenceConfig, RewardConfig, TrainConfig
 
 
 class ServeConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -39,6 +39,8 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     kafka: KafkaConfig = KafkaConfig()
     catalogue: CatalogueConfig = CatalogueConfig()
     train: TrainConfig = TrainConfig()
+    reward: RewardConfig = RewardConfig()
+    preference: PreferenceConfig = PreferenceConfig()
     beam: BeamConfig = BeamConfig()
     serve: ServeConfig = ServeConfig()
 

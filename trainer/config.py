@@ -70,6 +70,65 @@ class TrainConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     seed: Count = 0
 
 
+class RewardModelConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """The reward model's architecture and nothing else (paper §3.3.1); `levels`, `codes`, `items` as the generator's.
+
+    `buckets`: rows of each table of hashed code prefixes; `history_length`: how many of the newest items it looks at.
+    """
+
+    dimension: Positive = 64
+    heads: Positive = 4
+    layers: Positive = 1
+    hidden: Positive = 64
+    buckets: Positive = 16_384
+    history_length: Positive = 64
+    levels: Positive = 3
+    codes: Positive = 256
+    session_items: Positive = 5
+
+
+class RewardConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """How the reward model is trained beside the generator, and how its four towers become one reward R(u, S) (eq. 6, 9).
+
+    R is the weighted mean of the towers; a weight of 0 leaves a tower out. `train` false: a run without one.
+    """
+
+    train: bool = True
+    learning_rate: Annotated[float, Meta(gt=0)] = 1e-3
+    swt: Annotated[float, Meta(ge=0)] = 1.0
+    vtr: Annotated[float, Meta(ge=0)] = 1.0
+    wtr: Annotated[float, Meta(ge=0)] = 1.0
+    ltr: Annotated[float, Meta(ge=0)] = 1.0
+
+
+PreferenceLossName = Literal["dpo", "ipo", "cdpo", "rdpo", "cpo", "simpo", "s-dpo"]
+
+
+class PreferenceConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Iterative preference alignment (paper §3.3.2, Algorithm 2).
+
+    `ratio`: r_DPO, the share of sessions that become pairs, by a hash of the session id. `responses`: N. `weight`: λ.
+    `beta`, `label_smoothing` (ε of cDPO and rDPO) and `gamma` (SimPO's margin over beta): None means the loss' own default;
+    giving one to a loss that has no such term is refused. `rejected`: losers a pair (S-DPO takes several, all others 1).
+    `min_margin`: pairs whose rewards differ by less are noise and dropped. `max_age`: a pair made by a snapshot that many
+    versions behind the newest is still learnt, an older one is dropped. `pairs_per_step`: the most that one step learns.
+    `seed_sessions`: sessions that the generator must have learnt before the first pair is used (the seed model).
+    """
+
+    ratio: Annotated[float, Meta(ge=0, le=1)] = 0.01
+    responses: Annotated[int, Meta(ge=2)] = 128
+    loss: PreferenceLossName = "dpo"
+    weight: Annotated[float, Meta(ge=0)] = 1.0
+    beta: Annotated[float, Meta(gt=0)] | None = None
+    label_smoothing: Annotated[float, Meta(ge=0, lt=0.5)] | None = None
+    gamma: Annotated[float, Meta(ge=0)] | None = None
+    rejected: Positive = 1
+    min_margin: Annotated[float, Meta(ge=0)] = 1e-3
+    max_age: Positive = 4
+    pairs_per_step: Positive = 8
+    seed_sessions: Count = 0
+
+
 class BeamConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """The search that serves: `width` beams, of which a request may ask for as many sessions (paper §4: 128)."""
 
