@@ -257,13 +257,13 @@ class OneRec(nn.Module):
     def _target_hidden(
         self, history: Tensor, history_mask: Tensor, targets: Tensor, routings: list[Routing] | None = None
     ) -> Tensor:
-        """Hidden states `[B, m, L, d]` before each target code."""
-        users, items, levels = targets.shape
+        """Hidden states `[B·W, m, L, d]` before each code of `targets [B·W, m, L]`, W ≥ 1 sessions a user."""
+        rows, items, levels = targets.shape
         cross, memory_mask = self._encode_packed(history, history_mask)
         x = self.session_embedded(targets)
         positions = torch.arange(x.shape[1], device=x.device)
         hidden, _ = self.decode(x, positions, None, cross, memory_mask, routings)
-        return F.pad(hidden, (0, 0, 0, 1)).view(users, items, levels + 1, -1)[:, :, :levels]
+        return F.pad(hidden, (0, 0, 0, 1)).view(rows, items, levels + 1, -1)[:, :, :levels]
 
     def token_logits(self, history: Tensor, history_mask: Tensor, targets: Tensor, target_mask: Tensor) -> Tensor:
         """Teacher-forced logits `[B, m, L, K]` (eq. 3-4); those of masked items mean nothing."""
@@ -301,3 +301,18 @@ class OneRec(nn.Module):
         logits = wide(self.token_logits(history, history_mask, targets, target_mask))
         chosen = torch.log_softmax(logits, dim=-1).gather(-1, targets.unsqueeze(-1)).squeeze(-1)
         return (chosen.sum(-1) * target_mask).sum(-1)
+
+    def code_log_probs(self, history: Tensor, history_mask: Tensor, sessions: Tensor) -> Tensor:
+        """log P of each code `[B, W, m, L]` of W sessions a user `[B, W, m, L]`, all items real (eq. 3-4).
+
+        The encoder runs once a user, whatever W is.
+        """
+        flat = sessions.flatten(0, 1)
+        hidden = self._target_hidden(history, history_mask, flat)
+        levels = [
+            -F.cross_entropy(
+                wide(self.head(level, hidden[:, :, level])).flatten(0, 1), flat[:, :, level].flatten(), reduction="none"
+            )
+            for level in range(flat.shape[2])
+        ]
+        return torch.stack(levels, dim=-1).view(sessions.shape)
