@@ -12,15 +12,17 @@ import msgspec
 
 from onerec.errors import Failure, UserError
 from onerec.files import sha256_of, sync_path
-from trainer.config import ModelConfig
+from trainer.config import ModelConfig, RewardModelConfig
 
 if TYPE_CHECKING:
     import torch
 
     from trainer.model import OneRec
+    from trainer.reward import RewardModel
 
-FORMAT = 1
+FORMAT = 2
 MODEL_FILE = "model.safetensors"
+REWARD_FILE = "reward.safetensors"
 OPTIMIZER_FILE = "optimizer.safetensors"
 STATE_FILE = "checkpoint.json"
 STAGING_PREFIX = ".writing-"
@@ -42,6 +44,8 @@ class Checkpoint(msgspec.Struct, frozen=True, kw_only=True):
 
     `watermark` is the event time in ms learnt up to (None: nothing yet), `items` the rows of the catalogue known then,
     `metrics_bytes` the length of RUN/metrics.jsonl, `score` the mean test-then-train loss since the checkpoint before.
+    `version` counts the checkpoints of the run, `pairs` is the last record of the pair log that was taken, `rewards_bytes`
+    the length of RUN/rewards.bin, `reward_config` the reward model's architecture (None: the run has none).
     """
 
     step: int
@@ -55,6 +59,10 @@ class Checkpoint(msgspec.Struct, frozen=True, kw_only=True):
     score: float | None
     counters: dict[str, int]
     created_ms: int
+    version: int = 1
+    pairs: int = 0
+    rewards_bytes: int = 0
+    reward_config: RewardModelConfig | None = None
     optimizer: Any = None
     files: dict[str, str] = {}
     format: int = FORMAT
@@ -119,7 +127,11 @@ def unflatten_state(tensors: Mapping[str, torch.Tensor], skeleton: Any) -> Any:
 
 
 def save_checkpoint(
-    run_dir: Path, checkpoint: Checkpoint, weights: Mapping[str, torch.Tensor], optimizer: Mapping[str, Any]
+    run_dir: Path,
+    checkpoint: Checkpoint,
+    weights: Mapping[str, torch.Tensor],
+    optimizer: Mapping[str, Any],
+    reward_weights: Mapping[str, torch.Tensor] | None = None,
 ) -> Checkpoint:
     """Write a checkpoint into a staging folder, force it to the disk and rename it; returns it with files and path.
 
@@ -132,19 +144,22 @@ def save_checkpoint(
     target = checkpoint_folder(run_dir, checkpoint.step)
     staging = target.parent / f"{STAGING_PREFIX}{target.name}"
     tensors, skeleton = flatten_state(optimizer)
+    contents = {MODEL_FILE: weights, OPTIMIZER_FILE: tensors}
+    if reward_weights is not None:
+        contents[REWARD_FILE] = reward_weights
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         shutil.rmtree(staging, ignore_errors=True)
         staging.mkdir()
-        save_file({name: value.detach().contiguous().cpu() for name, value in weights.items()}, staging / MODEL_FILE)
-        save_file(tensors, staging / OPTIMIZER_FILE)
-        files = {name: sha256_of(staging / name) for name in (MODEL_FILE, OPTIMIZER_FILE)}
+        for file, content in contents.items():
+            save_file({name: value.detach().contiguous().cpu() for name, value in content.items()}, staging / file)
+        files = {name: sha256_of(staging / name) for name in contents}
         written = msgspec.structs.replace(checkpoint, optimizer=skeleton, files=files, path=target)
         record = msgspec.to_builtins(msgspec.structs.replace(written, path=Path()), enc_hook=str)
         del record["path"]
         record["sha256"] = _record_digest(record)
         (staging / STATE_FILE).write_bytes(msgspec.json.encode(record))
-        for name in (MODEL_FILE, OPTIMIZER_FILE, STATE_FILE):
+        for name in (*contents, STATE_FILE):
             sync_path(staging / name)
         sync_path(staging)
         # A folder of this step can only be a corrupt one that a resume fell back from.
@@ -260,4 +275,22 @@ def load_model(checkpoint: Checkpoint) -> OneRec:
 
     model = OneRec(checkpoint.model_config)
     model.load_state_dict(load_weights(checkpoint))
+    return model.eval()
+
+
+def load_reward_weights(checkpoint: Checkpoint) -> dict[str, torch.Tensor]:
+    """The reward model's weights by parameter name, on the CPU; the checkpoint must hold one."""
+    from safetensors.torch import load_file
+
+    return load_file(checkpoint.path / REWARD_FILE)
+
+
+def load_reward_model(checkpoint: Checkpoint) -> RewardModel | None:
+    """The reward model of a checkpoint, fp32 on the CPU, in evaluation mode; None where the run trains none."""
+    from trainer.reward import RewardModel
+
+    if checkpoint.reward_config is None:
+        return None
+    model = RewardModel(checkpoint.reward_config)
+    model.load_state_dict(load_reward_weights(checkpoint))
     return model.eval()

@@ -49,11 +49,13 @@ class TrainConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     decides any weight.
     `score_share`: share of the sessions that are scored before they are learnt, `score_beams` wide. `backlog_passes`:
     how often the sessions that ended before `backlog_until_ms` (None: all that the log holds at the start) are learnt
-    before the trainer goes on with the rest, each once. `history_tokens` None: the preset's.
+    before the trainer goes on with the rest, each once. `history_tokens` None: the preset's. `session_items`: items of a
+    generated session, None for the state's `session.target_items`; 1 is next-item training.
     """
 
     preset: str = "tiny"
     history_tokens: Literal["code", "item"] | None = None
+    session_items: Positive | None = None
     learning_rate: Annotated[float, Meta(gt=0)] = 2e-4
     batch_windows: Positive = 64
     clip_norm: Annotated[float, Meta(gt=0)] = 1.0

@@ -1,24 +1,27 @@
 """Batches from the session log: a batch is a function of the log position, and of the journal where a clock had a say.
 
-Shapes: B windows, T history items, m target items, L levels.
+Shapes: B windows, T history items, m target items, L levels; of the reward model's sessions W windows a row.
 """
 
 from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import NamedTuple, Protocol
 
 import numpy as np
 
 from onerec.errors import UserError
+from streaming.events import FOLLOW, KIND_NAMES, LIKE
 from streaming.sessions import Session
 from streaming.windows import windows
 from trainer.checkpoint import Cursor
 from trainer.journal import Entry, Journal
 
 POLL_SECONDS = 0.05
+ROW_WINDOWS = 4
+"""Windows in a row of the reward model's batch: a longer session is several rows with the same history."""
 
 
 class SessionLog(Protocol):
@@ -61,13 +64,30 @@ class Example(NamedTuple):
     scored: bool
 
 
+class Judged(NamedTuple):
+    """A session, good or not, as the reward model learns it: m known items a window, the last window shorter.
+
+    The history is H(start) for every window, as it is when a session is generated; `windows` is int32 [W, m], -1 behind
+    the last item; `labels` fp32 [W, 4] are those of SEMANTICS.md §6 over the window's own items: swt, vtr, wtr, ltr.
+    """
+
+    session_id: str
+    ts: int
+    history: np.ndarray  # int32 [h]
+    windows: np.ndarray
+    labels: np.ndarray
+    fresh: bool
+
+
 class Batch(NamedTuple):
     """The windows of whole consecutive sessions, up to `last`; `cursor` is where the next batch begins.
 
-    They differ where a pass over the backlog ends: `cursor` is then at the beginning of the next pass.
+    They differ where a pass over the backlog ends: `cursor` is then at the beginning of the next pass. `examples` are of
+    the high-quality sessions, `judged` are all of them.
     """
 
     examples: list[Example]
+    judged: list[Judged]
     last: Cursor
     cursor: Cursor
     counts: Mapping[str, int]
@@ -108,6 +128,64 @@ def session_examples(
     return found
 
 
+def judge_session(
+    session: Session, index: dict[str, int], known: int, *, m: int, n: int, swt_cap_ms: int, fresh: bool
+) -> Judged | None:
+    """A session for the reward model; None where no item of it is known."""
+    items = [(row, item) for item in session.items if (row := index.get(item.item_id, known)) < known]
+    if not items:
+        return None
+    groups = [items[place : place + m] for place in range(0, len(items), m)]
+    windows = np.full((len(groups), m), -1, np.int32)
+    labels = np.zeros((len(groups), 4), np.float32)
+    follow, like = KIND_NAMES[FOLLOW], KIND_NAMES[LIKE]
+    for place, group in enumerate(groups):
+        windows[place, : len(group)] = [row for row, _ in group]
+        watched = [item for _, item in group]
+        labels[place] = (
+            min(1.0, sum(item.watch_ms for item in watched) / swt_cap_ms),
+            sum(item.effective for item in watched) / len(watched),
+            any(follow in item.interactions for item in watched),
+            any(like in item.interactions for item in watched),
+        )
+    history = known_rows(session.history, index, known)[-n:]
+    return Judged(session.session_id, session.start, history, windows, labels, fresh)
+
+
+class RewardArrays(NamedTuple):
+    """Sessions as `trainer.reward.RewardBatch` reads them, in rows of at most `ROW_WINDOWS` windows."""
+
+    history: np.ndarray  # int64 [B, T, L], right-padded, oldest first, T at least 1
+    history_mask: np.ndarray  # bool [B, T]
+    sessions: np.ndarray  # int64 [B, W, m, L]
+    session_mask: np.ndarray  # bool [B, W, m]
+    labels: np.ndarray  # fp32 [B, W, 4]
+
+
+def reward_arrays(judged: Sequence[Judged], item_codes: np.ndarray) -> RewardArrays:
+    """Codes, masks and labels of `judged`; windows keep their order, row by row."""
+    levels, m = item_codes.shape[1], judged[0].windows.shape[1]
+    rows = [
+        (session.history, session.windows[place : place + ROW_WINDOWS], session.labels[place : place + ROW_WINDOWS])
+        for session in judged
+        for place in range(0, len(session.windows), ROW_WINDOWS)
+    ]
+    longest = max(1, max(len(history) for history, _, _ in rows))
+    width = max(len(cut) for _, cut, _ in rows)
+    history_codes = np.zeros((len(rows), longest, levels), np.int64)
+    history_mask = np.zeros((len(rows), longest), bool)
+    items = np.full((len(rows), width, m), -1, np.int32)
+    labels = np.zeros((len(rows), width, 4), np.float32)
+    for row, (history, cut, of_cut) in enumerate(rows):
+        history_codes[row, : len(history)] = item_codes[history]
+        history_mask[row, : len(history)] = True
+        items[row, : len(cut)] = cut
+        labels[row, : len(cut)] = of_cut
+    mask = items >= 0
+    sessions = np.where(mask[..., None], item_codes[items.clip(min=0)], 0).astype(np.int64)
+    return RewardArrays(history_codes, history_mask, sessions, mask, labels)
+
+
 def to_arrays(examples: list[Example], item_codes: np.ndarray, *, m: int) -> Arrays:
     """Codes and masks of `examples`; the history is as long as the longest of them, at least 1."""
     levels = item_codes.shape[1]
@@ -131,6 +209,7 @@ class BatchReader:
     over the backlog (the sessions up to sequence `backlog`, `rounds` times) ends, or when the log is read to its end
     and the batch's first window has waited `idle_seconds` (at once without `follow`). This last kind of boundary, and
     which items were known, are in the journal before the batch is returned; what it holds is done again as it stands.
+    With `judge_history` > 0 a batch also carries all its sessions for the reward model, with that many items of history.
     """
 
     def __init__(
@@ -146,6 +225,8 @@ class BatchReader:
         batch_windows: int,
         idle_seconds: float,
         gap_ms: int,
+        swt_cap_ms: int = 300_000,
+        judge_history: int = 0,
         watermark: int | None = None,
         backlog: int = 0,
         rounds: int = 1,
@@ -160,6 +241,7 @@ class BatchReader:
         self._round, self._scanned = cursor.round, cursor.sequence
         self._m, self._n = m, n
         self._batch_windows, self._idle_seconds, self._gap_ms = batch_windows, idle_seconds, gap_ms
+        self._swt_cap_ms, self._judge_history = swt_cap_ms, judge_history
         self._backlog, self._rounds, self._follow = backlog, rounds, follow
         self._stopped, self._clock, self._sleep = stopped, clock, sleep
         self._sessions: Iterator[tuple[int, Session]] | None = None
@@ -176,6 +258,7 @@ class BatchReader:
         entry = self._journal.entry(step) or Entry(step=step)
         covered = self._journal.covers(step)
         examples: list[Example] = []
+        judged: list[Judged] = []
         counts: Counter[str] = Counter()
         items: int | None = None
         begin = 0
@@ -188,7 +271,7 @@ class BatchReader:
                 if examples:
                     break
             if entry.end is not None and self._scanned >= entry.end and examples:
-                return Batch(examples, last, last, dict(counts))
+                return Batch(examples, judged, last, last, dict(counts))
             place = self._scanned
             session = self._read()
             if session is None:
@@ -200,7 +283,7 @@ class BatchReader:
                 waited = first_seen is not None and self._clock() - first_seen >= self._idle_seconds
                 if examples and (waited or not self._follow):
                     self._journal.append(Entry(step=step, end=self._scanned, items=items, begin=begin))
-                    return Batch(examples, last, last, dict(counts))
+                    return Batch(examples, judged, last, last, dict(counts))
                 if self._stopped() or not self._follow:
                     if examples:
                         self._newest_end, self._exhausted = newest_end, False
@@ -213,8 +296,14 @@ class BatchReader:
                 # While the batch is empty, what was read before stays read as it was.
                 items, begin = self.known, place
             last = Cursor(round=self._round, sequence=self._scanned)
+            fresh = self._round == 0 or self._scanned > self._backlog
+            if self._judge_history:
+                seen = judge_session(
+                    session, self.items.index, self.known,
+                    m=self._m, n=self._judge_history, swt_cap_ms=self._swt_cap_ms, fresh=fresh,
+                )
+                judged += [seen] if seen is not None else []
             if session.high_quality:
-                fresh = self._round == 0 or self._scanned > self._backlog
                 found = session_examples(
                     session, self.items.index, self.known, m=self._m, n=self._n, fresh=fresh, counts=counts
                 )
@@ -225,7 +314,7 @@ class BatchReader:
                 break
         if items is not None:
             self._journal.append(Entry(step=step, items=items, begin=begin))
-        return Batch(examples, last, Cursor(round=self._round, sequence=self._scanned), dict(counts))
+        return Batch(examples, judged, last, Cursor(round=self._round, sequence=self._scanned), dict(counts))
 
     def watermark(self) -> int | None:
         """Event time in ms up to which every session that ended is learnt, given that all batches so far are.

@@ -29,12 +29,26 @@ SESSION_METRICS = ("session_hit", "session_recall", "session_ndcg")
 RANKED = 10
 
 
+class PreferenceLine(msgspec.Struct, frozen=True, kw_only=True):
+    """The preference pairs of a step: mean loss, margin and share that the policy orders rightly, before the step.
+
+    `age`: versions that the oldest pair's snapshot was behind.
+    """
+
+    pairs: int
+    loss: float | None
+    margin: float | None
+    accuracy: float | None
+    age: int
+
+
 class Line(msgspec.Struct, frozen=True, kw_only=True):
     """One line of RUN/metrics.jsonl: a batch. `scores` holds sums over its `scored` windows by recommender.
 
     `round`, `sequence`: pass and last session of the batch; `ts`: event time in ms of its newest window; `loss`: mean
     NTP loss in nats a code before the batch was learnt; `gradient`: norm before clipping; `applied` False: not finite,
-    the step was skipped; `expert_load`: smallest and largest share of an expert over layers, 1 = even.
+    the step was skipped; `expert_load`: smallest and largest share of an expert over layers, 1 = even; `preference`: None
+    for a step without pairs; `reward_loss`: the reward model's, over all sessions of the batch, None without one.
     """
 
     step: int
@@ -50,6 +64,8 @@ class Line(msgspec.Struct, frozen=True, kw_only=True):
     expert_load: tuple[float, float] | None
     scored: int
     scores: dict[str, Scores]
+    preference: PreferenceLine | None = None
+    reward_loss: float | None = None
 
 
 def rank_scores(ranked: Sequence[int], target: int) -> Scores:

@@ -1,4 +1,8 @@
-"""The continuous trainer: read a batch from the log, score it, learn it, and now and then write a checkpoint."""
+"""The continuous trainer: read a batch from the log, score it, learn it, and now and then write a checkpoint.
+
+A step learns the batch's high-quality sessions by NTP and what preference pairs there are (paper eq. 4, 10; Algorithm 2
+line 13), then all of its sessions with the reward model (eq. 7).
+"""
 
 from __future__ import annotations
 
@@ -17,25 +21,31 @@ from onerec.config import Config
 from onerec.errors import Failure, UserError
 from streaming.semantics import SessionConfig
 from streaming.store import Reader
+from trainer import preference
 from trainer.baselines import CoVisitation
 from trainer.checkpoint import (
     Checkpoint,
     Cursor,
     load_optimizer,
+    load_reward_weights,
     load_weights,
     newest_checkpoint,
     prune_checkpoints,
     save_checkpoint,
 )
-from trainer.config import TrainConfig
-from trainer.data import Batch, BatchReader, Example, to_arrays
-from trainer.evaluate import Line, ModelScorer, is_scored, mean_loss, score_baselines
+from trainer.config import RewardModelConfig, TrainConfig
+from trainer.data import Batch, BatchReader, Example, Judged, reward_arrays, to_arrays
+from trainer.evaluate import Line, ModelScorer, PreferenceLine, is_scored, mean_loss, score_baselines
 from trainer.items import Catalogue, build_catalogue, load_catalogue, refresh_catalogue
-from trainer.journal import Journal
+from trainer.journal import Entry, Journal
 from trainer.model import Batch as ModelBatch
 from trainer.model import OneRec
 from trainer.optim import Optimizer, resolve_precision
+from trainer.pairs import Drop, Pair, PairReader, pairs_path
+from trainer.preference_batch import to_batch
 from trainer.presets import preset
+from trainer.reward import RewardBatch, RewardModel, RewardOptimizer
+from trainer.reward_log import PREDICTION, REWARDS_FILE
 from trainer.runs import Run, locked, read_run, settled, write_run
 
 METRICS_FILE = "metrics.jsonl"
@@ -84,19 +94,21 @@ def train(
 ) -> Result:
     """Learn the log's high-quality sessions from where the run stands; with `follow` until `stopped()`.
 
-    `explicit`: names of `config.train` that the user gave himself: a run that was begun with others refuses them. The
-    catalogue is built where there is none. Same log, journal and settings: same weights, byte for byte, wherever the
-    process was killed between (CPU). Raises UserError, Failure as the parts do.
+    `explicit`: settings, as `train.preset`, that the user gave himself: a run that was begun with others refuses them. The
+    catalogue is built where there is none. Same log, journal, pairs and settings: same weights, byte for byte, wherever
+    the process was killed between (CPU). Preference pairs are taken from RUN/pairs as a sampler writes them; the trainer
+    never waits for one. Raises UserError, Failure as the parts do.
     """
     with locked(run_dir), Reader(state_dir) as reader:
         run = read_run(run_dir)
         if run is None:
             preset(config.train.preset)
+            preference.check(config.preference)
             if not _wait_for_sessions(reader, follow, stopped, say):
                 raise UserError(_no_sessions(reader, state_dir))
             run = _begin(state_dir, run_dir, reader, config, say)
-        run, settings = settled(run, run_dir, state_dir, config.train, explicit)
-        return _Trainer(state_dir, run_dir, run, settings, reader, say).run(follow, stopped, progress)
+        run = settled(run, run_dir, state_dir, config, explicit)
+        return _Trainer(state_dir, run_dir, run, reader, say).run(follow, stopped, progress)
 
 
 def _begin(
@@ -115,7 +127,7 @@ def _begin(
         settings.preset,
         levels=catalogue.levels,
         codes=catalogue.codes,
-        session_items=semantics.session.target_items,
+        session_items=settings.session_items or semantics.session.target_items,
         history_length=semantics.history.length,
         history_tokens=settings.history_tokens,
     )
@@ -125,6 +137,11 @@ def _begin(
         model=model,
         config=settings,
         precision=resolve_precision(settings.precision, _device()),
+        reward=config.reward,
+        reward_model=RewardModelConfig(levels=model.levels, codes=model.codes, session_items=model.session_items)
+        if config.reward.train
+        else None,
+        preference=config.preference,
         backlog=_backlog(reader, settings),
     )
     write_run(run_dir, run)
@@ -193,11 +210,11 @@ class _Trainer:
     """One process' share of a run: restored from the newest sound checkpoint, then driven batch by batch."""
 
     def __init__(
-        self, state_dir: Path, run_dir: Path, run: Run, settings: TrainConfig, reader: Reader,
-        say: Callable[[str], None],
+        self, state_dir: Path, run_dir: Path, run: Run, reader: Reader, say: Callable[[str], None]
     ) -> None:
         self._state_dir, self._run_dir, self._reader, self._say = state_dir, run_dir, reader, say
-        self._run, self._settings = run, settings
+        self._run, self._settings = run, run.config
+        settings = run.config
         self._device = _device()
         torch.set_num_threads(settings.threads)
         torch.manual_seed(settings.seed)
@@ -213,10 +230,18 @@ class _Trainer:
             precision="bf16" if run.precision == "bf16" else "fp32",
         )
         self._baseline = CoVisitation()
+        self._reward = RewardModel(run.reward_model).to(self._device) if run.reward_model else None
+        if self._reward is not None and self._checkpoint is not None:
+            self._reward.load_state_dict(load_reward_weights(self._checkpoint))
+        self._reward_optimizer = RewardOptimizer(self._reward, run.reward.learning_rate) if self._reward else None
         if self._checkpoint is not None:
             self._restore(self._checkpoint)
         self._counters: Counter[str] = Counter(self._checkpoint.counters if self._checkpoint else {})
-        self._metrics = self._open_metrics(self._checkpoint.metrics_bytes if self._checkpoint else 0)
+        self._metrics = self._open(METRICS_FILE, self._checkpoint.metrics_bytes if self._checkpoint else 0)
+        self._rewards = self._open(REWARDS_FILE, self._checkpoint.rewards_bytes if self._checkpoint else 0)
+        self._version = self._checkpoint.version if self._checkpoint else 0
+        self._pairs_taken = self._checkpoint.pairs if self._checkpoint else 0
+        self._pairs = PairReader(pairs_path(run_dir))
         self._journal = Journal(run_dir / "journal.jsonl")
         self._scorer: ModelScorer | None = None
         self._scorer_known = -1
@@ -252,6 +277,8 @@ class _Trainer:
             batch_windows=settings.batch_windows,
             idle_seconds=settings.idle_seconds,
             gap_ms=self._reader.semantics().session.gap_ms,
+            swt_cap_ms=self._reader.semantics().session.swt_cap_ms,
+            judge_history=self._run.reward_model.history_length if self._run.reward_model else 0,
             watermark=place[0],
             backlog=self._run.backlog,
             rounds=settings.backlog_passes,
@@ -286,6 +313,7 @@ class _Trainer:
         if step > saved:
             self._save(step, cursor, batches.watermark(), place[1])
         os.close(self._metrics)
+        os.close(self._rewards)
         self._journal.close()
         return Result(
             steps=step,
@@ -314,7 +342,8 @@ class _Trainer:
         scores = self._score(scored, known)
         arrays = to_arrays(batch.examples, self._catalogue.item_codes, m=self._run.model.session_items)
         tensors = ModelBatch(*(torch.from_numpy(array).to(self._device) for array in arrays))
-        stats = self._optimizer.step(lambda model: model.loss(tensors))
+        pairs = self._take_pairs(step)
+        stats = self._optimizer.step(self._objective(tensors, pairs))
         for example in batch.examples:
             if example.fresh:
                 self._baseline.observe(example.history.tolist(), example.targets.tolist())
@@ -334,10 +363,105 @@ class _Trainer:
             expert_load=(round(float(load.min()), 4), round(float(load.max()), 4)),
             scored=len(scored),
             scores=scores,
+            preference=self._preference_line(pairs, stats["preference"]) if pairs else None,
+            reward_loss=self._judge(step, batch.judged),
         )
         self._recent.append(line)
         self._append(line)
         return line
+
+    def _objective(self, batch: ModelBatch, pairs: list[Pair]) -> Callable[[OneRec], tuple[torch.Tensor, dict[str, Any]]]:
+        """NTP, and with pairs L = L_NTP + λ L_DPO (Algorithm 2, line 13), each the mean over what it is of."""
+        settings = self._run.preference
+        if not pairs:
+            return lambda model: model.loss(batch)
+        chosen = to_batch(pairs, self._device)
+
+        def both(model: OneRec) -> tuple[torch.Tensor, dict[str, Any]]:
+            ntp, stats = model.loss(batch)
+            aligned, of_pairs = preference.loss(model, chosen, settings)
+            return ntp + settings.weight * aligned, {**stats, "preference": of_pairs | {"loss": aligned.detach()}}
+
+        return both
+
+    def _take_pairs(self, step: int) -> list[Pair]:
+        """The preference pairs that this step learns; in the journal before it does.
+
+        Passed over and counted: what the sampler dropped, pairs of a snapshot more than `max_age` versions old, of another
+        codebook, or from before the seed model had learnt `seed_sessions`. No record is taken twice.
+        """
+        settings, taken = self._run.preference, self._pairs_taken
+        entry = self._journal.entry(step)
+        if self._journal.covers(step):
+            if entry is None or not entry.taken:
+                return []
+            records = self._pairs.read(taken, entry.taken - taken)
+            if not records or records[-1].number != entry.taken:
+                raise UserError(
+                    f"{pairs_path(self._run_dir)} ends before record {entry.taken}, which step {step} of this run has "
+                    "learnt; restore the file, or start a new --run"
+                )
+            self._count_passed(records, set(entry.pairs))
+            learnt = [record for record in records if isinstance(record, Pair) and record.number in entry.pairs]
+        else:
+            records = self._pairs.read(taken, 8 * settings.pairs_per_step)
+            learnt = []
+            for place, record in enumerate(records):
+                if isinstance(record, Pair) and self._passed_over(record) is None:
+                    if len(learnt) == settings.pairs_per_step:
+                        records = records[:place]
+                        break
+                    learnt.append(record)
+            if not records:
+                return []
+            numbers = tuple(pair.number for pair in learnt)
+            self._journal.append(Entry(step=step, pairs=numbers, taken=records[-1].number))
+            self._count_passed(records, set(numbers))
+        self._pairs_taken = records[-1].number
+        return learnt
+
+    def _passed_over(self, pair: Pair) -> str | None:
+        """Why a pair is not learnt; None: it is."""
+        settings = self._run.preference
+        if pair.codebook_version != self._run.codebook_version:
+            return "pairs_other_codebook"
+        if self._version - pair.snapshot_version > settings.max_age:
+            return "pairs_stale"
+        return "pairs_early" if self._counters["sessions"] < settings.seed_sessions else None
+
+    def _count_passed(self, records: Collection[Pair | Drop], learnt: set[int]) -> None:
+        self._counters["pairs_learnt"] += len(learnt)
+        for record in records:
+            if isinstance(record, Drop):
+                self._counters["pairs_dropped"] += 1
+            elif record.number not in learnt:
+                self._counters[self._passed_over(record) or "pairs_stale"] += 1
+
+    def _preference_line(self, pairs: list[Pair], stats: dict[str, Any]) -> PreferenceLine:
+        ages = [self._version - pair.snapshot_version for pair in pairs]
+        return PreferenceLine(
+            pairs=len(pairs),
+            loss=_finite(stats["loss"]),
+            margin=_finite(stats["margin"]),
+            accuracy=_finite(stats["accuracy"]),
+            age=max(ages),
+        )
+
+    def _judge(self, step: int, judged: list[Judged]) -> float | None:
+        """Let the reward model predict all sessions of the batch, keep that, then learn them (eq. 7); its mean loss."""
+        if self._reward_optimizer is None or not judged:
+            return None
+        arrays = reward_arrays(judged, self._catalogue.item_codes)
+        stats = self._reward_optimizer.step(RewardBatch(*(torch.from_numpy(array).to(self._device) for array in arrays)))
+        times = np.concatenate([np.full(len(session.windows), session.ts if session.fresh else -1) for session in judged])
+        fresh = times >= 0
+        rows = np.zeros(int(fresh.sum()), PREDICTION)
+        rows["ts"], rows["step"] = times[fresh], step
+        rows["prediction"] = stats["predictions"].cpu().numpy()[fresh]
+        rows["label"] = stats["labels"].cpu().numpy()[fresh]
+        self._write(self._rewards, REWARDS_FILE, rows.tobytes())
+        self._counters["judged_windows"] += len(rows)
+        return _finite(stats["loss"])
 
     def _score(self, examples: list[Example], known: int) -> dict[str, dict[str, float]]:
         if not examples:
@@ -358,8 +482,10 @@ class _Trainer:
         The metrics so far are on the disk before it.
         """
         os.fsync(self._metrics)
+        os.fsync(self._rewards)
         state: dict[str, Any] = {
             "optimizer": self._optimizer.state_dict(),
+            "reward": self._reward_optimizer.state_dict() if self._reward_optimizer else {},
             "rng": torch.get_rng_state(),
             "baseline": {name: torch.from_numpy(array) for name, array in self._baseline.state().items()},
         }
@@ -377,10 +503,16 @@ class _Trainer:
                 score=mean_loss(self._recent),
                 counters=dict(self._counters),
                 created_ms=time.time_ns() // 1_000_000,
+                version=self._version + 1,
+                pairs=self._pairs_taken,
+                rewards_bytes=os.fstat(self._rewards).st_size,
+                reward_config=self._run.reward_model,
             ),
             self._model.state_dict(),
             state,
+            self._reward.state_dict() if self._reward else None,
         )
+        self._version += 1
         self._recent = []
         self._saved_at = time.monotonic()
         prune_checkpoints(self._run_dir, self._settings.keep_checkpoints)
@@ -388,6 +520,8 @@ class _Trainer:
     def _restore(self, checkpoint: Checkpoint) -> None:
         state = load_optimizer(checkpoint)
         self._optimizer.load_state_dict(state["optimizer"])
+        if self._reward_optimizer is not None:
+            self._reward_optimizer.load_state_dict(state["reward"])
         torch.set_rng_state(state["rng"])
         self._baseline.restore({name: tensor.numpy() for name, tensor in state["baseline"].items()})
         self._say(f"going on from step {checkpoint.step:,}, session {checkpoint.cursor.sequence:,} of the log")
@@ -414,9 +548,9 @@ class _Trainer:
         self._catalogue = refresh_catalogue(self._state_dir, self._reader, self._catalogue)
         return self._catalogue
 
-    def _open_metrics(self, size: int) -> int:
-        """RUN/metrics.jsonl for appending, cut to what the checkpoint knows: what is learnt again is written again."""
-        path = self._run_dir / METRICS_FILE
+    def _open(self, name: str, size: int) -> int:
+        """A file of the run for appending, cut to what the checkpoint knows: what is learnt again is written again."""
+        path = self._run_dir / name
         try:
             handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
             if os.fstat(handle).st_size < size:
@@ -427,11 +561,14 @@ class _Trainer:
         return handle
 
     def _append(self, line: Line) -> None:
+        self._write(self._metrics, METRICS_FILE, msgspec.json.encode(line) + b"\n")
+
+    def _write(self, handle: int, name: str, content: bytes) -> None:
         try:
-            os.write(self._metrics, msgspec.json.encode(line) + b"\n")
+            os.write(handle, content)
         except OSError as error:
             raise Failure(
-                f"{self._run_dir / METRICS_FILE} cannot be written: {error.strerror}; free space and start again"
+                f"{self._run_dir / name} cannot be written: {error.strerror}; free space and start again"
             ) from error
 
 

@@ -10,13 +10,20 @@ from pathlib import Path
 
 import msgspec
 
+from onerec.config import Config
 from onerec.errors import Failure, UserError
 from onerec.files import sync_path
-from trainer.config import ModelConfig, TrainConfig
+from trainer.config import ModelConfig, PreferenceConfig, RewardConfig, RewardModelConfig, TrainConfig
 
-FORMAT = 1
-OPERATIONAL = frozenset({"checkpoint_sessions", "checkpoint_seconds", "keep_checkpoints", "idle_seconds"})
-"""Settings of `train` that may change between two starts of a run: they decide neither weights nor metrics."""
+FORMAT = 2
+OPERATIONAL = frozenset(
+    {
+        *(f"train.{name}" for name in ("checkpoint_sessions", "checkpoint_seconds", "keep_checkpoints", "idle_seconds")),
+        *(f"reward.{name}" for name in ("swt", "vtr", "wtr", "ltr")),
+        *(f"preference.{name}" for name in ("ratio", "responses", "min_margin", "max_age", "pairs_per_step", "seed_sessions")),
+    }
+)
+"""Settings that may change between two starts of a run: given log, journal and pairs, they decide no weight."""
 
 
 class Run(msgspec.Struct, frozen=True, kw_only=True):
@@ -27,6 +34,9 @@ class Run(msgspec.Struct, frozen=True, kw_only=True):
     model: ModelConfig
     config: TrainConfig
     precision: str
+    reward: RewardConfig
+    reward_model: RewardModelConfig | None
+    preference: PreferenceConfig
     backlog: int = 0
     format: int = FORMAT
 
@@ -61,26 +71,35 @@ def write_run(run_dir: Path, run: Run) -> None:
         raise Failure(f"{path} cannot be written: {error.strerror}; mend permissions or free space") from error
 
 
-def settled(
-    run: Run, run_dir: Path, state_dir: Path, asked: TrainConfig, explicit: Collection[str]
-) -> tuple[Run, TrainConfig]:
-    """The run, and the settings to go on with: those it was begun with, operational ones as asked for now.
+def settled(run: Run, run_dir: Path, state_dir: Path, asked: Config, explicit: Collection[str]) -> Run:
+    """The run to go on with: as it was begun, with the operational settings that are asked for now.
 
-    A state that was moved is followed. Raises UserError where another state, or explicitly another value of a deciding
-    setting, is asked for.
+    A state that was moved is followed. `explicit`: dotted names that the user gave himself. Raises UserError where another
+    state, or explicitly another value of a deciding setting, is asked for.
     """
     if Path(run.state) != state_dir.resolve():
         if Path(run.state).exists():
             raise UserError(f"{run_dir} was begun on the state {run.state}, not {state_dir}; give another --run")
         run = msgspec.structs.replace(run, state=str(state_dir.resolve()))
         write_run(run_dir, run)
+    begun = {"train": run.config, "reward": run.reward, "preference": run.preference}
     for name in sorted(set(explicit) - OPERATIONAL):
-        before, now = getattr(run.config, name), getattr(asked, name)
+        section, _, key = name.partition(".")
+        if section not in begun:
+            continue
+        before, now = getattr(begun[section], key), getattr(getattr(asked, section), key)
         if before != now:
-            raise UserError(
-                f"{run_dir} was begun with train.{name}={before}, not {now}; leave it out, or give another --run"
-            )
-    return run, msgspec.structs.replace(run.config, **{name: getattr(asked, name) for name in OPERATIONAL})
+            raise UserError(f"{run_dir} was begun with {name}={before}, not {now}; leave it out, or give another --run")
+    now_asked: dict[str, dict[str, object]] = {section: {} for section in begun}
+    for name in OPERATIONAL:
+        section, _, key = name.partition(".")
+        now_asked[section][key] = getattr(getattr(asked, section), key)
+    return msgspec.structs.replace(
+        run,
+        config=msgspec.structs.replace(run.config, **now_asked["train"]),
+        reward=msgspec.structs.replace(run.reward, **now_asked["reward"]),
+        preference=msgspec.structs.replace(run.preference, **now_asked["preference"]),
+    )
 
 
 @contextmanager

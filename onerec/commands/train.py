@@ -72,7 +72,9 @@ def train(
             run,
             configuration,
             follow=follow,
-            explicit=explicit_settings(config, asked).get("train", {}).keys(),
+            explicit=[
+                f"{section}.{key}" for section, keys in explicit_settings(config, asked).items() for key in keys
+            ],
             stopped=lambda: bool(stop),
             say=lambda text: err.print(text, highlight=False),
             progress=report,

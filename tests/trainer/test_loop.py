@@ -213,8 +213,8 @@ def test_other_settings_and_another_state_are_refused(
     run = tmp_path / "run"
     shutil.copytree(reference[0], run)
     with pytest.raises(UserError, match="train.learning_rate=0.003, not 0.1"):
-        train(state, run, settings("train.learning_rate=0.1"), explicit=["learning_rate"])
-    assert train(state, run, settings("train.idle_seconds=9"), explicit=["idle_seconds"]).new_sessions == 0
+        train(state, run, settings("train.learning_rate=0.1"), explicit=["train.learning_rate"])
+    assert train(state, run, settings("train.idle_seconds=9"), explicit=["train.idle_seconds"]).new_sessions == 0
     other = tmp_path / "other"
     write(other, [session(1)], records())
     with pytest.raises(UserError, match="was begun on the state"):
