@@ -1,6 +1,6 @@
-"""Recommenders without a model, learnt online from the same sessions: what OneRec must beat."""
+"""What OneRec must beat: counts learnt online (popularity, co-visitation) and the item transformers of the paper's table."""
 
-from trainer.baselines.covisitation import CoVisitation
-from trainer.baselines.popularity import Popularity
+from trainer.baselines.covisitation import CoVisitation, CoVisitationRanker
+from trainer.baselines.popularity import Popularity, PopularityRanker
 
-__all__ = ["CoVisitation", "Popularity"]
+__all__ = ["CoVisitation", "CoVisitationRanker", "Popularity", "PopularityRanker"]

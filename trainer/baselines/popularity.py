@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import heapq
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
+from numpy.typing import NDArray
 
 
 class Popularity:
@@ -52,3 +53,30 @@ class Popularity:
         self._unit = float(state["unit"][0])
         self._counts = dict(zip(state["rows"].tolist(), state["counts"].tolist(), strict=True))
         self._ranked = None
+
+
+class PopularityRanker:
+    """`Popularity` as an item ranker: the same distribution for every history.
+
+    P(item) = (count + 1/N) / (total + 1): one observation spread over the catalogue, so that no item is impossible and
+    the order is that of `Popularity.rank`.
+    """
+
+    def __init__(self, items: int) -> None:
+        self.items = items
+        self._popularity = Popularity()
+
+    def fit(self, sequences: Iterable[Sequence[int]]) -> None:
+        """Count every item of every sequence."""
+        for sequence in sequences:
+            self._popularity.observe([int(row) for row in sequence])
+
+    def log_probs(self, histories: Sequence[object]) -> NDArray[np.float32]:
+        """Float32 [B, N], all rows alike."""
+        return np.repeat(np.log(probabilities(self._popularity, self.items)).astype(np.float32)[None], len(histories), 0)
+
+
+def probabilities(popularity: Popularity, items: int) -> NDArray[np.float64]:
+    """P(item) [N] of what `popularity` has counted so far, smoothed by one observation."""
+    counts = np.array([popularity.count(row) for row in range(items)])
+    return (counts + 1.0 / items) / (counts.sum() + 1.0)
