@@ -126,7 +126,6 @@ class PairMaker:
         margin = float(answer.rewards[best]) - float(answer.rewards[losers[-1]])
         if margin < self._preference.min_margin or margin <= 0:
             return self._drop(request, "margin")
-        history = request.history[-self._model.config.history_length :]
         return Pair(
             number=0,
             session_id=request.session_id,
@@ -134,7 +133,7 @@ class PairMaker:
             snapshot_step=self.snapshot_step,
             snapshot_version=self.snapshot_version,
             codebook_version=self.codebook_version,
-            history=self._item_codes[history].tolist(),
+            history=self.history_codes(request),
             chosen=answer.codes[best].tolist(),
             rejected=answer.codes[losers].tolist(),
             chosen_log_prob=float(answer.log_probs[best]),
@@ -143,6 +142,21 @@ class PairMaker:
             rejected_rewards=answer.towers[losers].tolist(),
             margin=margin,
         )
+
+    @torch.no_grad()
+    def judge(self, request: Request, rows: np.ndarray) -> tuple[list[list[int]], float, list[float]]:
+        """Codes [m][L] of a session of catalogue rows [m], its log P under M_t, and its four rewards."""
+        codes = torch.from_numpy(self._item_codes[rows].astype(np.int64)).to(self._device).unsqueeze(0)
+        real = torch.ones(codes.shape[:2], dtype=torch.bool, device=codes.device)
+        history, mask = self._histories([request], self._model.config.history_length)
+        log_prob = self._model.session_log_prob(history, mask, codes, real)
+        seen, seen_mask = self._histories([request], self._reward_model.config.history_length)
+        towers = self._reward_model.rewards(seen, seen_mask, codes.unsqueeze(1), real.unsqueeze(1))
+        return codes[0].tolist(), float(log_prob), towers[0, 0].tolist()
+
+    def history_codes(self, request: Request) -> list[list[int]]:
+        """Codes [h][L] of a request's history as M_t reads it."""
+        return self._item_codes[request.history[-self._model.config.history_length :]].tolist()
 
     def _drop(self, request: Request, reason: str) -> Drop:
         return Drop(number=0, session_id=request.session_id, sequence=request.sequence, snapshot_step=self.snapshot_step,
