@@ -154,15 +154,7 @@ def _write(
             hidden, cache = model.decode(fed, positions, cache, memory.cross_kv, memory.mask)
             hidden = hidden.unflatten(0, (-1, width)).squeeze(2)
         totals = scores.unsqueeze(-1) + torch.log_softmax(model.head(level, hidden).float(), dim=-1)
-        children = None
-        if trie is not None:
-            if level > 0:
-                children = _children(trie, level, node)
-                totals = torch.where(children.real, totals.gather(2, children.codes), SENTINEL)
-            else:
-                totals = torch.where(trie["capacity0"] > 0, totals, SENTINEL)
-            if taken is not None:
-                totals = _without_spent(trie, level, levels, totals, node, taken)
+        totals, children = legal(trie, level, levels, totals, node, taken)
         before, candidates = totals.shape[1:]
         scores, parent, slot = _step(totals, width)
         cache = _reorder(cache, parent, before)
@@ -181,6 +173,26 @@ def _write(
     return State(scores, item if taken is None else torch.cat((taken, item), dim=2), token, cache)
 
 
+def legal(
+    trie: TrieTensors | None, level: int, levels: int, totals: Tensor, node: Tensor, taken: Tensor | None
+) -> tuple[Tensor, Children | None]:
+    """What of `totals` [B, W, K] may be written at `level`: [B, W, C], SENTINEL where not, and whose children they are.
+
+    node [B, W]: the node of the level above, not read at level 0; taken [B, W, i]: leaves used, None for none. At level 0,
+    and without a trie, C = K and there are no children: a candidate is its code.
+    """
+    children = None
+    if trie is not None:
+        if level > 0:
+            children = _children(trie, level, node)
+            totals = torch.where(children.real, totals.gather(2, children.codes), SENTINEL)
+        else:
+            totals = torch.where(trie["capacity0"] > 0, totals, SENTINEL)
+        if taken is not None:
+            totals = _without_spent(trie, level, levels, totals, node, taken)
+    return totals, children
+
+
 def _step(totals: Tensor, width: int) -> tuple[Tensor, Tensor, Tensor]:
     """The `width` best of `totals` [B, W0, C]: scores, and which beam and candidate each comes from, all [B, W]."""
     before, candidates = totals.shape[1:]
@@ -197,7 +209,7 @@ def _step(totals: Tensor, width: int) -> tuple[Tensor, Tensor, Tensor]:
     return scores.clamp(min=SENTINEL), parent, slot
 
 
-class _Children(NamedTuple):
+class Children(NamedTuple):
     """Children of each beam's node, int64 [B, W, C]; `real` is False where a node has fewer than C."""
 
     nodes: Tensor
@@ -205,13 +217,13 @@ class _Children(NamedTuple):
     real: Tensor
 
 
-def _children(trie: TrieTensors, level: int, node: Tensor) -> _Children:
+def _children(trie: TrieTensors, level: int, node: Tensor) -> Children:
     """The children at `level` of each beam's `node` [B, W] of the level above."""
     start, end = _span(trie, level, node)
     child = start + trie[f"slots{level}"].long()
     real = child < end
     child = torch.minimum(child, (end - 1).clamp(min=0))
-    return _Children(child, _at(trie[f"tokens{level}"], child), real)
+    return Children(child, _at(trie[f"tokens{level}"], child), real)
 
 
 def _span(trie: TrieTensors, level: int, node: Tensor) -> tuple[Tensor, Tensor]:
