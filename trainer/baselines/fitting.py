@@ -1,7 +1,7 @@
 """Training that the item transformers share: batches, early stopping on held-out next items, and scoring.
 
-Shapes: B sequences, T places, N items. A row holds items 0..N-1, `START` (the place before the first item, or a masked
-item) or `PADDING`.
+Shapes: B sequences, T places, N items. A row holds items 0..N-1, N (the place before the first item, or a masked item) and
+`PADDING`.
 """
 
 from __future__ import annotations
@@ -27,14 +27,15 @@ CELLS = 1 << 25
 """Scores held at once: 128 MB of fp32, whatever the batch and the catalogue are."""
 MOST_VALIDATED = 2000
 PADDING = -1
+NOTHING_FOLLOWS = "no sequence has two items or more: nothing comes after anything; give longer sequences"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RankerConfig:
     """An item transformer and its training; the published values, scaled to catalogues of some thousand items.
 
-    `length`: how many of the newest items it sees (SASRec on Amazon: 50). `epochs` is a bound: training ends when NDCG@10
-    of the held-out items has not risen for `patience` epochs, and the best epoch's weights are kept.
+    `length`: how many of the newest items it sees (SASRec on Amazon: 50). `epochs` is a bound: training ends when neither
+    NDCG@10 nor the likelihood of the held-out items has risen for `patience` epochs.
     """
 
     width: int = 64
@@ -50,11 +51,12 @@ class RankerConfig:
 
 
 class Epoch(NamedTuple):
-    """How training stands after an epoch: mean loss in nats a predicted item, and NDCG@10 of the held-out items."""
+    """How training stands after an epoch (from 1): mean training loss; NDCG@10 and mean log P of the held-out items."""
 
     number: int
     loss: float
     ndcg: float
+    likelihood: float
 
 
 class Fit(NamedTuple):
@@ -81,7 +83,7 @@ def split(sequences: Sequences, seed: int) -> tuple[list[list[int]], Held]:
     rows = [[int(item) for item in sequence] for sequence in sequences]
     able = [place for place, row in enumerate(rows) if len(row) > 1]
     if not able:
-        raise UserError("no sequence has two items or more: nothing comes after anything; give longer sequences")
+        raise UserError(NOTHING_FOLLOWS)
     count = min(MOST_VALIDATED, max(1, len(able) // 10))
     chosen = np.random.default_rng(seed).choice(len(able), count, replace=False)
     held = Held([], [])
@@ -93,12 +95,48 @@ def split(sequences: Sequences, seed: int) -> tuple[list[list[int]], Held]:
 
 
 def ndcg10(log_probs: NDArray[np.floating], targets: Sequence[int]) -> float:
-    """Mean NDCG@10 of `targets` [B] among all items of `log_probs` [B, N]; equals rank by the lower row."""
+    """Mean NDCG@10 of `targets` [B] among all items of `log_probs` [B, N]: equals by the lower row, -inf is no place."""
+    places = ranks(log_probs, targets)
+    return float(np.where(places <= 10, 1.0 / np.log2(1.0 + places), 0.0).mean())
+
+
+def ranks(log_probs: NDArray[np.floating], targets: Sequence[int]) -> NDArray[np.float64]:
+    """Place [B], from 1, of each of `targets` [B] among all items of `log_probs` [B, N]; infinite for one of -inf."""
     wanted = np.asarray(targets)
     own = log_probs[np.arange(len(wanted)), wanted][:, None]
     equal_before = (log_probs == own) & (np.arange(log_probs.shape[1]) < wanted[:, None])
-    places = 1 + (log_probs > own).sum(1) + equal_before.sum(1)
-    return float(np.where(places <= 10, 1.0 / np.log2(1.0 + places), 0.0).mean())
+    places = 1.0 + (log_probs > own).sum(1) + equal_before.sum(1)
+    return np.where(own[:, 0] > -np.inf, places, np.inf)
+
+
+class Stopping:
+    """Early stopping, which keeps the weights of the epoch of the highest NDCG@10, equals by likelihood.
+
+    A slow beginning, where no held-out item is among the ten best yet, still raises the likelihood: so training goes on
+    as long as either rises.
+    """
+
+    def __init__(self, network: nn.Module, patience: int) -> None:
+        self._network, self._patience = network, patience
+        self._kept = copy.deepcopy(network.state_dict())
+        self._likelihood, self._risen = -np.inf, 0
+        self._began = time.monotonic()
+        self.best = Epoch(0, float("nan"), -1.0, -np.inf)
+        self.last = 0
+
+    def done(self, epoch: Epoch) -> bool:
+        """Take note of an epoch; whether it was the last."""
+        self.last = epoch.number
+        if (epoch.ndcg, epoch.likelihood) > (self.best.ndcg, self.best.likelihood):
+            self.best, self._kept, self._risen = epoch, copy.deepcopy(self._network.state_dict()), epoch.number
+        if epoch.likelihood > self._likelihood:
+            self._likelihood, self._risen = epoch.likelihood, epoch.number
+        return epoch.number - self._risen >= self._patience
+
+    def finish(self) -> Fit:
+        """Give the network the best weights."""
+        self._network.load_state_dict(self._kept)
+        return Fit(self.last, self.best.number, self.best.ndcg, time.monotonic() - self._began)
 
 
 class TransformerRanker(ABC):
@@ -131,30 +169,28 @@ class TransformerRanker(ABC):
         held: what early stopping looks at, by default the last items of a tenth of the sequences. Raises UserError
         where no sequence has two items.
         """
-        began = time.monotonic()
         if held is None:
             training, held = split(sequences, self.config.seed)
         else:
             training = [[int(item) for item in sequence] for sequence in sequences if len(sequence)]
         rows = self._rows(training)
         if not len(rows):
-            raise UserError("no sequence has two items or more: nothing comes after anything; give longer sequences")
+            raise UserError(NOTHING_FOLLOWS)
         generator = torch.Generator().manual_seed(self.config.seed)
         optimizer = torch.optim.Adam(self.network.parameters(), lr=self.config.learning_rate)
-        best, kept, epoch = Epoch(0, float("nan"), -1.0), copy.deepcopy(self.network.state_dict()), 0
+        stopping = Stopping(self.network, self.config.patience)
         # Dropout draws from the process' generator; a fork leaves that as it was for whoever comes after.
-        with torch.random.fork_rng(devices=[]):
+        with torch.random.fork_rng():
             torch.manual_seed(self.config.seed)
-            for epoch in range(1, self.config.epochs + 1):
+            for number in range(1, self.config.epochs + 1):
                 loss = self._epoch(rows, optimizer, generator)
-                now = Epoch(epoch, loss, ndcg10(self.log_probs(held.histories), held.targets))
-                heard(now)
-                if now.ndcg > best.ndcg:
-                    best, kept = now, copy.deepcopy(self.network.state_dict())
-                elif epoch - best.number >= self.config.patience:
+                found = self.log_probs(held.histories)
+                likelihood = float(found[np.arange(len(found)), held.targets].mean())
+                epoch = Epoch(number, loss, ndcg10(found, held.targets), likelihood)
+                heard(epoch)
+                if stopping.done(epoch):
                     break
-        self.network.load_state_dict(kept)
-        return Fit(epoch, best.number, best.ndcg, time.monotonic() - began)
+        return stopping.finish()
 
     @torch.no_grad()
     def log_probs(self, histories: Sequences) -> NDArray[np.float32]:
