@@ -30,7 +30,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
 
-from exporter.onnx_graph import build_graph
+from exporter.onnx_graph import build_graph, search_plan
 from exporter.trie import Trie, build_trie
 from exporter.weights import GRAPH_FILE, ensure_template, write_weights
 from trainer.attention import KeyValue
@@ -164,7 +164,7 @@ def compare(preset: str, config: ModelConfig, arguments: argparse.Namespace, fol
 
 
 def _write_graph(model: OneRec, width: int, version: Path, folder: Path, threads: int) -> onnxruntime.InferenceSession:
-    template = ensure_template(model.config, width, folder / "templates")
+    template = ensure_template(search_plan(model.config, width), folder / "templates")
     write_weights(model.state_dict(), template, version)
     return open_graph(version / GRAPH_FILE, threads)
 
@@ -204,7 +204,7 @@ def costs(preset: str, config: ModelConfig, arguments: argparse.Namespace, folde
     feed = {"history": history, "history_mask": mask}
     constrained = _write_graph(model, width, folder / f"{preset}-{width}", folder, threads=1)
     version = folder / f"{preset}-free"
-    write_weights(model.state_dict(), ensure_template(config, width, folder / "templates"), version)
+    write_weights(model.state_dict(), ensure_template(search_plan(config, width), folder / "templates"), version)
     (version / GRAPH_FILE).unlink()  # a link to the template
     onnx.save(build_graph(config, width, constrained=False), version / GRAPH_FILE)
     free = open_graph(version / GRAPH_FILE, threads=1)

@@ -19,9 +19,10 @@ from exporter import bundle
 from exporter.bundle import GRAPH_FOLDER, Manifest, Snapshot
 from exporter.steps import Report, silent, timed
 from onerec.errors import UserError
-from trainer.config import BeamConfig, ModelConfig
+from trainer.config import BeamConfig
 
 if TYPE_CHECKING:
+    from exporter.tracing import GraphPlan
     from serving_config.recommend.engine import Beams
     from trainer.checkpoint import Checkpoint
     from trainer.items import Catalogue
@@ -67,6 +68,7 @@ def build_bundle(
     report: Report = silent,
 ) -> tuple[Manifest, Expected]:
     """Fill `folder` with a sealed bundle whose graph was checked against torch; also a request to try it with."""
+    from exporter.onnx_graph import search_plan
     from exporter.optimise import CPU_TEMPLATE
     from exporter.parity import compare, parity_rows, torch_beams
     from exporter.weights import write_weights
@@ -78,7 +80,7 @@ def build_bundle(
         catalogue = _catalogue(export, checkpoint)
         snapshot = bundle.write_catalogue(folder, catalogue, checkpoint.model_config.codes)
         bundle.copy_runtime(folder)
-    template = find_template(checkpoint.model_config, export.width, templates, report=report)
+    template = find_template(search_plan(checkpoint.model_config, export.width), templates, report=report)
     with timed(report, "weights"):
         write_weights(model.state_dict(), template, folder / GRAPH_FOLDER)
         bundle.link(template / CPU_TEMPLATE, folder / GRAPH_FOLDER / CPU_GRAPH_FILE)
@@ -117,6 +119,7 @@ def export_bundle(out_dir: Path, export: Export, *, report: Report = silent) -> 
 
 def export_plain_model(out_dir: Path, export: Export, *, report: Report = silent) -> dict[str, Any]:
     """Write a model for Triton's own ONNX Runtime backend into a new folder. Returns its main fields."""
+    from exporter.onnx_graph import search_plan
     from exporter.plain import export_plain
     from exporter.trie import build_trie
 
@@ -127,7 +130,7 @@ def export_plain_model(out_dir: Path, export: Export, *, report: Report = silent
             catalogue = _catalogue(export, checkpoint)
             trie = build_trie(catalogue.item_codes, checkpoint.model_config.codes)
         templates = export.run_dir / "templates"
-        find_template(checkpoint.model_config, export.width, templates, report=report)
+        find_template(search_plan(checkpoint.model_config, export.width), templates, report=report)
         with timed(report, "plain"):
             export_plain(
                 model.state_dict(),
@@ -159,15 +162,15 @@ def _new_folder(out_dir: Path) -> Iterator[Path]:
         shutil.rmtree(staging, ignore_errors=True)
 
 
-def find_template(config: ModelConfig, width: int, templates: Path, *, report: Report = silent) -> Path:
-    """The graph template of an architecture and beam width, and its form for the CPU; traced where it is not there."""
+def find_template(plan: GraphPlan, templates: Path, *, report: Report = silent) -> Path:
+    """The template of a plan and its form for the CPU; traced where it is not there."""
     from exporter.optimise import CPU_TEMPLATE, ensure_cpu_graph
     from exporter.weights import ensure_template, template_key
 
-    folder = templates / template_key(config, width)
+    folder = templates / template_key(plan)
     if not (folder / CPU_TEMPLATE).exists():
         with timed(report, "template"):
-            ensure_cpu_graph(ensure_template(config, width, templates))
+            ensure_cpu_graph(ensure_template(plan, templates))
             bundle.sync_tree(folder)
     return folder
 

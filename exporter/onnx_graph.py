@@ -6,34 +6,33 @@ weights, trie and encoded history from the graph around it. Every parameter keep
 
 from __future__ import annotations
 
-import io
 import itertools
-import logging
-import warnings
-from contextlib import redirect_stdout
+import sys
+from functools import partial
 from typing import Any
 
 import msgspec
 import onnx
-import onnx_ir as ir
 import torch
 from onnx import TensorProto, helper, numpy_helper
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+import exporter.tracing
+import exporter.trie
+import trainer.attention
+import trainer.beam
+import trainer.model
+import trainer.moe
+import trainer.norm
+from exporter.tracing import DYNAMIC, GraphPlan, WeightPlace, graph_model, graph_nodes, place_weights, references, trace
 from exporter.trie import array_names
 from trainer.beam import SENTINEL, Memory, State, first_item, next_item
 from trainer.config import ModelConfig
 from trainer.model import OneRec, PositionBias
 
-OPSET = 20
-IR_VERSION = 10
 INPUTS = ("history", "history_mask")
-WEIGHTS_FILE = "model.weights"
-PAGE = 4096  # ONNX Runtime maps a weight in place only where it begins on a page
-_PREFIX = "model."
 _USERS = 3
-DYNAMIC = torch.export.Dim.DYNAMIC
 
 
 class _First(nn.Module):
@@ -70,24 +69,33 @@ class _Next(nn.Module):
         return _state_out(next_item(self.model, arrays, state_in, Memory(_pairs(list(cross)), mask)), self.width)
 
 
-class WeightPlace(msgspec.Struct, frozen=True, kw_only=True):
-    """Where a parameter lies in the weights file: fp32, little-endian, row-major, `bytes` from `offset`."""
-
-    name: str
-    shape: list[int]
-    offset: int
-    bytes: int
+def search_plan(config: ModelConfig, width: int) -> GraphPlan:
+    """The template of the search of an architecture with `width` beams."""
+    code = (
+        sys.modules[__name__],
+        exporter.tracing,
+        exporter.trie,
+        trainer.attention,
+        trainer.beam,
+        trainer.model,
+        trainer.moe,
+        trainer.norm,
+    )
+    return GraphPlan(
+        settings={"search": msgspec.to_builtins(config), "width": width},
+        code=code,
+        inputs=[*INPUTS, *array_names(config.levels)],
+        outputs=["leaves", "scores"],
+        places=partial(layout, config),
+        build=partial(build_graph, config, width),
+    )
 
 
 def layout(config: ModelConfig) -> list[WeightPlace]:
     """The weights file of an architecture: parameters in the order of `OneRec.state_dict()`, each on its own pages."""
     with torch.device("meta"):
         parameters = OneRec(config).state_dict()
-    places, offset = [], 0
-    for name, tensor in parameters.items():
-        places.append(WeightPlace(name=name, shape=list(tensor.shape), offset=offset, bytes=4 * tensor.numel()))
-        offset += -(-places[-1].bytes // PAGE) * PAGE
-    return places
+    return place_weights(parameters)
 
 
 def build_graph(config: ModelConfig, width: int, *, constrained: bool = True) -> onnx.ModelProto:
@@ -103,89 +111,30 @@ def build_graph(config: ModelConfig, width: int, *, constrained: bool = True) ->
     carried, memory = _state_names(config), _memory_names(config)
     arguments, shapes = _first_example(config, constrained)
     module = _First(model, width, constrained)
-    proto = _trace(module, arguments, shapes, [*INPUTS, *names], [*carried, *memory])
+    proto = trace(module, arguments, shapes, [*INPUTS, *names], [*carried, *memory])
     arrays = {name: name for name in names}
-    nodes = _nodes(proto, "first/", arrays | {name: name for name in INPUTS})
+    nodes = graph_nodes(proto, "first/", arrays | {name: name for name in INPUTS})
     state = [f"first/{name}" for name in carried]
     if config.session_items > 1:
         arguments, shapes = _next_example(config, width, constrained)
         outputs = [f"{name}_out" for name in carried]
-        proto = _trace(_Next(model, width, constrained), arguments, shapes, [*carried, *memory, *names], outputs)
-        body = _nodes(proto, "next/", arrays | {name: f"first/{name}" for name in memory})
+        proto = trace(_Next(model, width, constrained), arguments, shapes, [*carried, *memory, *names], outputs)
+        body = graph_nodes(proto, "next/", arrays | {name: f"first/{name}" for name in memory})
         nodes = [*nodes, *_loop(body, config, width, state)]
         state = [f"last/{name}" for name in carried]
     nodes = [*nodes, *_finish(state, constrained)]
     inputs, results = _inputs(config, names), _outputs(config, width, constrained)
     merged = helper.make_graph(nodes, "onerec_beam_search", inputs, results, _initializers(config))
-    imports = [helper.make_opsetid("", OPSET), helper.make_opsetid("com.microsoft", 1)]
-    return helper.make_model(merged, opset_imports=imports, ir_version=IR_VERSION, producer_name="onerec")
+    return graph_model(merged)
 
 
 def _initializers(config: ModelConfig) -> list[TensorProto]:
     """All parameters as references into the weights file, and the position buckets, which are no weights, as they are."""
-    tensors = []
-    for place in layout(config):
-        tensor = TensorProto(name=place.name, data_type=TensorProto.FLOAT, dims=place.shape)
-        tensor.data_location = TensorProto.EXTERNAL
-        for key, value in (("location", WEIGHTS_FILE), ("offset", place.offset), ("length", place.bytes)):
-            tensor.external_data.add(key=key, value=str(value))
-        tensors.append(tensor)
+    tensors = references(layout(config))
     for name, bidirectional in (("encoder_bias", True), ("decoder_bias", False)):
         buckets = PositionBias(config, bidirectional=bidirectional).bucket_of
         tensors.append(numpy_helper.from_array(buckets.numpy(), f"{name}.bucket_of"))
     return tensors
-
-
-def _trace(
-    module: nn.Module, arguments: tuple, shapes: tuple, inputs: list[str], outputs: list[str]
-) -> onnx.ModelProto:
-    """One ONNX graph by torch.export; not optimised, since the exporter's rewriter renames and merges weights."""
-    log = logging.getLogger("torch.onnx")
-    level = log.level
-    log.setLevel(logging.ERROR)
-    try:
-        with warnings.catch_warnings(), redirect_stdout(io.StringIO()), torch.no_grad():
-            warnings.simplefilter("ignore")
-            program = torch.onnx.export(
-                module.eval(), arguments, dynamo=True, optimize=False, opset_version=OPSET, dynamic_shapes=shapes,
-                input_names=inputs, output_names=outputs, verbose=False,
-            )  # fmt: skip
-    finally:
-        log.setLevel(level)
-    if program is None:
-        raise RuntimeError("torch.onnx.export returned no program")
-    strange = [name for name in program.model.graph.initializers if not name.startswith(_PREFIX)]
-    if strange:
-        raise RuntimeError(f"the trace holds constants that are no parameters: {strange}")
-    program.model.graph.initializers.clear()  # traced without data; `_initializers` says where that lies
-    return ir.serde.serialize_model(program.model)
-
-
-def _nodes(proto: onnx.ModelProto, prefix: str, outer: dict[str, str]) -> list[onnx.NodeProto]:
-    """The nodes of a trace, ready to be merged: values named after `prefix`, parameters as in the state dict.
-
-    `outer` says what the trace's inputs are called in the surrounding graph, where they come from there.
-    """
-    types = {value.name: value.type.tensor_type.elem_type for value in (*proto.graph.value_info, *proto.graph.input)}
-    for node in proto.graph.node:
-        if node.op_type == "Constant" and node.attribute[0].name == "value":
-            types[node.output[0]] = node.attribute[0].t.data_type
-    nodes = list(proto.graph.node)
-    for node in nodes:
-        node.name = prefix + node.name
-        node.ClearField("metadata_props")
-        node.ClearField("doc_string")
-        if node.op_type == "CastLike" and types.get(node.input[1]):  # ONNX Runtime folds Cast, but not CastLike
-            node.op_type = "Cast"
-            node.attribute.append(helper.make_attribute("to", types[node.input[1]]))
-            del node.input[1]
-        for side in (node.input, node.output):
-            for index, name in enumerate(side):
-                if name.startswith(_PREFIX):
-                    side[index] = name.removeprefix(_PREFIX)
-                elif name:
-                    side[index] = outer.get(name, prefix + name)
-    return nodes
 
 
 def _loop(body: list[onnx.NodeProto], config: ModelConfig, width: int, state: list[str]) -> list[onnx.NodeProto]:

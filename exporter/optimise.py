@@ -15,7 +15,7 @@ import onnx
 import onnxruntime as ort
 from onnx import TensorProto, external_data_helper, numpy_helper
 
-from exporter.onnx_graph import WEIGHTS_FILE, WeightPlace
+from exporter.tracing import WEIGHTS_FILE, WeightPlace
 from exporter.weights import GRAPH_FILE, TEMPLATE_GRAPH, Template, load_template
 from onerec.errors import Failure
 

@@ -16,6 +16,7 @@ import onnx
 from onnx import TensorProto, helper, numpy_helper
 from torch import Tensor
 
+from exporter.onnx_graph import search_plan
 from exporter.trie import Trie, array_names
 from exporter.weights import GRAPH_FILE, ensure_template, write_weights
 from onerec.errors import Failure, UserError
@@ -44,7 +45,7 @@ def export_plain(
     if len(item_ids) != trie.items:
         raise UserError(f"{len(item_ids)} item ids for a trie of {trie.items} items: both must come from one catalogue")
     version = out_dir / "1"
-    write_weights(state_dict, ensure_template(config, width, templates), version)
+    write_weights(state_dict, ensure_template(search_plan(config, width), templates), version)
     try:
         graph = onnx.load(version / GRAPH_FILE, load_external_data=False)
         bake(graph, trie, item_ids, width, config.session_items)

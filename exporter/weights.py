@@ -1,4 +1,4 @@
-"""Publishing weights, not graphs: a template graph a architecture, and one file of weights a version.
+"""Publishing weights, not graphs: a template graph an architecture, and one file of weights a version.
 
 The template refers to `model.weights` by name and offset. So a publish writes that file in the template's layout and links
 the graph beside it; nothing is traced. The file is memory-mapped by ONNX Runtime: never write to one that is being served.
@@ -13,37 +13,19 @@ import tempfile
 from collections.abc import Mapping
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 import msgspec
 import torch
 from torch import Tensor
 
-import exporter.onnx_graph
-import exporter.trie
-import trainer.attention
-import trainer.beam
-import trainer.model
-import trainer.moe
-import trainer.norm
-from exporter.onnx_graph import OPSET, WEIGHTS_FILE, WeightPlace, build_graph, layout
-from exporter.trie import array_names
+from exporter.tracing import OPSET, WEIGHTS_FILE, GraphPlan, WeightPlace
 from onerec.errors import Failure, UserError
-from trainer.config import ModelConfig
 
 GRAPH_FILE = "model.onnx"
 TEMPLATE_GRAPH = "template.onnx"
 TEMPLATE_FILE = "template.json"
-FORMAT = 1
-TRACED = (
-    exporter.onnx_graph,
-    exporter.trie,
-    trainer.attention,
-    trainer.beam,
-    trainer.model,
-    trainer.moe,
-    trainer.norm,
-)
-"""The code that decides the graph besides architecture and width."""
+FORMAT = 2
 
 
 class Template(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -51,8 +33,7 @@ class Template(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
 
     format: int = FORMAT
     key: str
-    config: ModelConfig
-    width: int
+    settings: dict[str, Any]
     opset: int = OPSET
     inputs: list[str]
     outputs: list[str]
@@ -65,32 +46,31 @@ class Template(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
         return self.weights[-1].offset + self.weights[-1].bytes
 
 
-def template_key(config: ModelConfig, width: int) -> str:
-    """Name of a template: hash of all that decides the graph: architecture, width, traced code, its makers' versions."""
-    code = [hashlib.sha256(Path(str(module.__file__)).read_bytes()).hexdigest() for module in TRACED]
-    made_of = [FORMAT, msgspec.to_builtins(config), width, code, _versions()]
+def template_key(plan: GraphPlan) -> str:
+    """Name of a template: hash of all that decides the graph: its settings, the traced code, its makers' versions."""
+    code = [hashlib.sha256(Path(str(module.__file__)).read_bytes()).hexdigest() for module in plan.code]
+    made_of = [FORMAT, plan.settings, code, _versions()]
     return hashlib.sha256(msgspec.json.encode(made_of, order="sorted")).hexdigest()[:16]
 
 
-def ensure_template(config: ModelConfig, width: int, folder: Path) -> Path:
-    """The template of this architecture in the cache `folder`, made if it is not there: `folder/<key>`."""
-    place = folder / template_key(config, width)
+def ensure_template(plan: GraphPlan, folder: Path) -> Path:
+    """The template of a plan in the cache `folder`, made if it is not there: `folder/<key>`."""
+    place = folder / template_key(plan)
     if not (place / TEMPLATE_FILE).exists():
-        export_template(config, width, place)
+        export_template(plan, place)
     return place
 
 
-def export_template(config: ModelConfig, width: int, out_dir: Path) -> Template:
-    """Trace the search of `config` with `width` beams into `out_dir`; whole or not at all."""
+def export_template(plan: GraphPlan, out_dir: Path) -> Template:
+    """Trace the graph of a plan into `out_dir`; whole or not at all."""
     out_dir.parent.mkdir(parents=True, exist_ok=True)
-    graph = build_graph(config, width)
+    graph = plan.build()
     template = Template(
-        key=template_key(config, width),
-        config=config,
-        width=width,
-        inputs=["history", "history_mask", *array_names(config.levels)],
-        outputs=["leaves", "scores"],
-        weights=layout(config),
+        key=template_key(plan),
+        settings=plan.settings,
+        inputs=plan.inputs,
+        outputs=plan.outputs,
+        weights=plan.places(),
         versions=_versions(),
     )
     staging = Path(tempfile.mkdtemp(prefix=f".{out_dir.name}-", dir=out_dir.parent))
@@ -147,7 +127,7 @@ def _check(state_dict: Mapping[str, Tensor], template: Template) -> None:
         shown = "; ".join(sorted(faults)[:5]) + (f"; and {len(faults) - 5} more" if len(faults) > 5 else "")
         raise UserError(
             f"the weights do not fit the graph template {template.key}: {shown}. "
-            "Make the template from the checkpoint's own model configuration."
+            "Make the template from the checkpoint's own configuration."
         )
 
 

@@ -12,6 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from exporter.onnx_graph import search_plan
 from exporter.trie import Trie, build_trie
 from exporter.weights import GRAPH_FILE, Template, ensure_template, load_template, template_key, write_weights
 from onerec.errors import Failure, UserError
@@ -60,7 +61,7 @@ def load(folder: Path) -> onnxruntime.InferenceSession:
 def template_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
     """Makes the template of a shape once."""
     folder = tmp_path_factory.mktemp("templates")
-    return lambda name: ensure_template(SHAPES[name], WIDTH, folder)
+    return lambda name: ensure_template(search_plan(SHAPES[name], WIDTH), folder)
 
 
 @pytest.fixture(scope="session")
@@ -187,7 +188,7 @@ def test_a_template_is_made_once_and_says_what_it_is_for(
 ) -> None:
     template = load_template(template_of("item"))
     assert isinstance(template, Template)
-    assert (template.config, template.width) == (SHAPES["item"], WIDTH)
+    assert template.settings == {"search": msgspec.to_builtins(SHAPES["item"]), "width": WIDTH}
     assert {place.name for place in template.weights} == set(OneRec(SHAPES["item"]).state_dict())
     monkeypatch.setattr("exporter.weights.export_template", lambda *_: pytest.fail("traced again"))
     template_of("item")
@@ -195,8 +196,10 @@ def test_a_template_is_made_once_and_says_what_it_is_for(
 
 def test_the_key_of_a_template_follows_architecture_and_width() -> None:
     config = SHAPES["item"]
-    keys = {template_key(config, WIDTH), template_key(config, WIDTH + 1)}
-    keys |= {template_key(msgspec.structs.replace(config, levels=levels), WIDTH) for levels in (2, 3, 4)}
+    keys = {template_key(search_plan(config, WIDTH)), template_key(search_plan(config, WIDTH + 1))}
+    keys |= {
+        template_key(search_plan(msgspec.structs.replace(config, levels=levels), WIDTH)) for levels in (2, 3, 4)
+    }
     assert len(keys) == 4
 
 
