@@ -10,6 +10,8 @@ import fcntl
 import os
 import struct
 import zlib
+from bisect import bisect_right
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TypeVar
@@ -136,14 +138,17 @@ class PairLog(Closing):
     """The one writer of a pair log. A tail that a kill has cut is taken away; records are on the disk once `append` returns.
 
     `last`: number of the last record, `last_sequence`: its session's place (0: none yet). `session_ids`: of all records;
-    `offsets`: the last `source` offset of each partition. Raises UserError for a foreign or damaged file, or where
-    another process writes; Failure where the disk refuses.
+    `pairs`: number and snapshot version of each pair; `drops`: how many for which reason; `offsets`: the last `source`
+    offset of each partition. Raises UserError for a foreign or damaged file, or where another process writes; Failure where
+    the disk refuses.
     """
 
     def __init__(self, path: Path) -> None:
         self.path = path
         self.last = self.last_sequence = 0
         self.session_ids: set[str] = set()
+        self.pairs: list[tuple[int, int]] = []
+        self.drops: Counter[str] = Counter()
         self.offsets: dict[int, int] = {}
         self._file = -1
         try:
@@ -189,8 +194,17 @@ class PairLog(Closing):
     def _note(self, record: Record) -> None:
         self.last, self.last_sequence = record.number, record.sequence
         self.session_ids.add(record.session_id)
+        if isinstance(record, Pair):
+            self.pairs.append((record.number, record.snapshot_version))
+        else:
+            self.drops[record.reason] += 1
         if record.source is not None:
             self.offsets[record.source[0]] = record.source[1]
+
+    def pairs_between(self, after: int, last: int) -> list[int]:
+        """Snapshot versions of the pairs with a number greater than `after`, up to `last`."""
+        begin, end = (bisect_right(self.pairs, number, key=lambda pair: pair[0]) for number in (after, last))
+        return [version for _, version in self.pairs[begin:end]]
 
     def append(self, records: Sequence[Record]) -> list[Record]:
         """Write records with the numbers that follow, whatever they say themselves, and force them to the disk."""

@@ -74,10 +74,13 @@ class PairMaker:
 
     def make(self, requests: Sequence[Request]) -> list[Pair | Drop]:
         """One record a request, in order; their numbers are 0 until the log gives them theirs."""
-        if not requests:
-            return []
-        answers = self.respond(requests)
-        return [self.choose(request, answer) for request, answer in zip(requests, answers, strict=True)]
+        return self.make_counted(requests)[0]
+
+    def make_counted(self, requests: Sequence[Request]) -> tuple[list[Pair | Drop], int]:
+        """What `make` gives, and how many sessions were generated for it."""
+        answers = self.respond(requests) if requests else []
+        records = [self.choose(request, answer) for request, answer in zip(requests, answers, strict=True)]
+        return records, sum(len(answer.rewards) for answer in answers)
 
     @torch.no_grad()
     def respond(self, requests: Sequence[Request]) -> list[Responses]:
