@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 
 from onerec.errors import UserError
 from trainer.evaluate import RANKED, add, rank_scores, session_scores
+from trainer.reward_weights import TARGETS
 
 if TYPE_CHECKING:
     import torch
@@ -25,8 +26,6 @@ if TYPE_CHECKING:
     from trainer.model import OneRec
     from trainer.reward import RewardModel
 
-TARGETS = ("swt", "vtr", "wtr", "ltr")
-"""The four rewards of a session (paper eq. 6; SEMANTICS.md §6), in the order of every array of rewards."""
 DAY_MS = 86_400_000
 CASES_AT_ONCE = 16
 SESSIONS_AT_ONCE = 512
