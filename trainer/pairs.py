@@ -7,6 +7,7 @@ endian, then the payload: a record as msgpack. One process appends (`PairLog`), 
 from __future__ import annotations
 
 import fcntl
+import hashlib
 import os
 import struct
 import zlib
@@ -89,9 +90,10 @@ def pairs_path(run_dir: Path) -> Path:
 def is_sampled(session_id: str, ratio: float) -> bool:
     """Whether a session is in the share r_DPO: a hash of its id, so the same in every run.
 
-    The hash is not that of `trainer.evaluate.is_scored`: which sessions are scored says nothing of which become pairs.
+    Which sessions `trainer.evaluate.is_scored` says nothing of which become pairs: a crc32 of the id with a prefix would,
+    as it is linear.
     """
-    return zlib.crc32(b"pair:" + session_id.encode()) < ratio * 2**32
+    return int.from_bytes(hashlib.blake2b(session_id.encode(), digest_size=4).digest()) < ratio * 2**32
 
 
 def _frame(payload: bytes) -> bytes:
