@@ -6,6 +6,7 @@ P cached and Q new decoder positions, H heads, dh width of a head, d width of th
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, NamedTuple, cast
 
 import numpy as np
@@ -15,7 +16,7 @@ from torch.nn import functional as F
 
 from trainer.attention import CrossAttention, KeyValue, PositionBias, Scores, SelfAttention, score_bias
 from trainer.config import ModelConfig
-from trainer.moe import MoE, Routing, balance_loss, load, of_tokens
+from trainer.moe import MoE, Routing, assignments, balance_loss, of_tokens
 from trainer.norm import RMSNorm
 from trainer.packing import pack
 
@@ -270,31 +271,55 @@ class OneRec(nn.Module):
         hidden = self._target_hidden(history, history_mask, targets)
         return torch.stack([self.head(level, hidden[:, :, level]) for level in range(targets.shape[2])], dim=2)
 
-    def loss(self, batch: Batch) -> tuple[Tensor, dict[str, Any]]:
+    def loss(self, batch: Batch, total: Callable[[Tensor], Tensor] | None = None) -> tuple[Tensor, dict[str, Any]]:
         """NTP of eq. 4 as the mean over real target codes, plus the experts' balance loss.
 
         Stats (detached): `ntp`; `level_ntp [L]`; `tokens`; `balance`; `expert_load [decoder layers, E]`, shares.
+
+        `total`: this batch is one of the parts of a larger one, and `total` turns its `census` into the sum over all
+        parts. Loss and stats are then this part's addends: their sums over the parts are those of the whole.
         """
         routings: list[Routing] = []
         hidden = self._target_hidden(batch.history, batch.history_mask, batch.targets, routings)
         keep = batch.target_mask
         real, codes = hidden[keep], batch.targets[keep]
+        routings = self._of_real_tokens(routings, keep)
+        own = _census(len(real), routings)
+        whole = own if total is None else total(own.clone())
+        counts, own_counts = whole[1:].view(len(routings), -1), own[1:].view(len(routings), -1)
         level_ntp = torch.stack(
             [F.cross_entropy(wide(self.head(level, real[:, level])), codes[:, level]) for level in range(self.config.levels)]
         )
+        if total is not None:
+            level_ntp = level_ntp * (len(real) / whole[0])
         ntp = level_ntp.mean()
-        if not keep.all():
-            positions = keep.repeat_interleave(self.config.levels + 1, dim=1)[:, :-1].flatten()
-            routings = [of_tokens(routing, positions) for routing in routings]
-        balance = torch.stack([balance_loss(routing) for routing in routings]).mean()
+        balance = torch.stack(
+            [balance_loss(routing, count) for routing, count in zip(routings, counts, strict=True)]
+        ).mean()
         stats = {
             "ntp": ntp.detach(),
             "level_ntp": level_ntp.detach(),
             "tokens": codes.numel(),
             "balance": balance.detach(),
-            "expert_load": torch.stack([load(routing) for routing in routings]),
+            "expert_load": own_counts / counts.sum(1, keepdim=True).clamp(min=1),
         }
         return ntp + BALANCE_WEIGHT * balance, stats
+
+    def census(self, batch: Batch) -> Tensor:
+        """What a mean over several batches needs of each: int64 `[1 + decoder layers · E]`, which add up.
+
+        The real target items, then how many tokens chose each expert, layer by layer.
+        """
+        routings: list[Routing] = []
+        self._target_hidden(batch.history, batch.history_mask, batch.targets, routings)
+        return _census(int(batch.target_mask.sum()), self._of_real_tokens(routings, batch.target_mask))
+
+    def _of_real_tokens(self, routings: list[Routing], target_mask: Tensor) -> list[Routing]:
+        """Routings without the positions of padding."""
+        if target_mask.all():
+            return routings
+        positions = target_mask.repeat_interleave(self.config.levels + 1, dim=1)[:, :-1].flatten()
+        return [of_tokens(routing, positions) for routing in routings]
 
     def session_log_prob(self, history: Tensor, history_mask: Tensor, targets: Tensor, target_mask: Tensor) -> Tensor:
         """log P of each session `[B]`: the sum over the codes of its real items."""
@@ -316,3 +341,8 @@ class OneRec(nn.Module):
             for level in range(flat.shape[2])
         ]
         return torch.stack(levels, dim=-1).view(sessions.shape)
+
+
+def _census(items: int, routings: list[Routing]) -> Tensor:
+    counts = [assignments(routing) for routing in routings]
+    return torch.cat((counts[0].new_tensor([items]), *counts))

@@ -117,17 +117,26 @@ def of_tokens(routing: Routing, real: Tensor) -> Routing:
     return Routing(*(part[real] for part in routing))
 
 
+def assignments(routing: Routing) -> Tensor:
+    """How many tokens chose each expert, int64 `[E]`; a token counts for each of its k experts."""
+    return torch.bincount(routing.experts.flatten(), minlength=routing.probabilities.shape[-1])
+
+
 def load(routing: Routing) -> Tensor:
     """Share of assignments that each expert got, `[E]` fp32, summing to 1."""
-    counts = torch.bincount(routing.experts.flatten(), minlength=routing.probabilities.shape[-1])
-    return counts.float() / max(1, routing.experts.numel())
+    return assignments(routing).float() / max(1, routing.experts.numel())
 
 
-def balance_loss(routing: Routing) -> Tensor:
+def balance_loss(routing: Routing, whole: Tensor | None = None) -> Tensor:
     """E · Σ_e f_e · P_e, 1 at perfect balance: f the share of assignments, P the mean probability.
 
     The auxiliary loss of Switch Transformers (arXiv 2101.03961, eq. 4). It changes how the router learns and leaves
     eq. 2 itself as it is; a selection bias (DeepSeek-V3) would have to be carried into the exported graph's top-k.
+
+    `whole`: the `assignments` of a larger batch of which this is a part; f and P are then means over that, and the losses
+    of its parts add up to its loss.
     """
-    experts = routing.probabilities.shape[-1]
-    return experts * (load(routing) * routing.probabilities.mean(0)).sum()
+    whole = assignments(routing) if whole is None else whole
+    total = whole.sum().clamp(min=1)
+    mean = routing.probabilities.sum(0) * (routing.experts.shape[1] / total)
+    return len(whole) * (whole / total * mean).sum()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import ctypes
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, Literal
 
 import torch
@@ -13,8 +13,11 @@ from torch import Tensor, nn
 
 from onerec.errors import UserError
 from trainer.model import OneRec
+from trainer.ranks import Ranks, added, plain, tensors
 
 Objective = Callable[[OneRec], tuple[Tensor, dict[str, Any]]]
+Parts = Callable[[OneRec], Iterable[tuple[Tensor, dict[str, Any]]]]
+"""Losses and stats that add up to a step's; each is computed after the gradient of the one before was taken."""
 
 
 def resolve_precision(precision: Literal["auto", "fp32", "bf16"], device: torch.device | str = "cpu") -> str:
@@ -27,12 +30,23 @@ def resolve_precision(precision: Literal["auto", "fp32", "bf16"], device: torch.
     return "bf16" if capabilities.get("avx512_bf16") or capabilities.get("amx_bf16") else "fp32"
 
 
-def _flatten(parameters: list[nn.Parameter]) -> Tensor:
-    """One tensor that from now on is the memory of all `parameters`: one kernel call then updates or casts them all."""
-    flat = torch.cat([parameter.detach().flatten() for parameter in parameters])
-    for parameter, part in zip(parameters, flat.split([p.numel() for p in parameters]), strict=True):
-        parameter.data = part.view_as(parameter)
+def _flatten(parameters: list[nn.Parameter], multiple: int = 1) -> Tensor:
+    """One tensor that from now on is the memory of all `parameters`: one kernel call then updates or casts them all.
+
+    Zeros behind them bring its length to a multiple of `multiple`.
+    """
+    padding = parameters[0].new_zeros(-sum(p.numel() for p in parameters) % multiple)
+    flat = torch.cat([*(parameter.detach().flatten() for parameter in parameters), padding])
+    for parameter, part in zip(parameters, _views(flat, parameters), strict=True):
+        parameter.data = part
     return flat
+
+
+def _views(flat: Tensor, parameters: list[nn.Parameter]) -> list[Tensor]:
+    """The parts of `flat`, shaped as the `parameters`."""
+    sizes = [parameter.numel() for parameter in parameters]
+    parts = flat[: sum(sizes)].split(sizes)
+    return [part.view_as(parameter) for part, parameter in zip(parts, parameters, strict=True)]
 
 
 def reuse_memory() -> bool:
@@ -57,6 +71,11 @@ class Optimizer:
     gradient is clipped by its global norm; a step whose loss or gradient is not finite leaves weights and moments as
     they were and is counted in `skipped`. On the CPU with fixed threads the same steps give the same bytes, and a copy
     restored by `load_state_dict` goes on with the same bytes. On the CPU, the process keeps its memory (`reuse_memory`).
+
+    With several `ranks` the gradient is the sum over all of them and all weights stay the same on each. With `shard` a
+    rank keeps only its slice of Adam's moments, updates that slice of the weights and gets the others' (ZeRO, stage 1:
+    arXiv 1910.02054); whole weights remain, since every step scores with them and every publish takes them. All ranks
+    must call `step`, `step_parts`, `state_dict` and `load_state_dict` together.
     """
 
     def __init__(
@@ -66,6 +85,8 @@ class Optimizer:
         learning_rate: float = 2e-4,
         clip_norm: float = 1.0,
         precision: Literal["auto", "fp32", "bf16"] = "auto",
+        ranks: Ranks | None = None,
+        shard: bool = False,
     ) -> None:
         parameters = list(model.parameters())
         if parameters[0].device.type == "cpu":
@@ -73,23 +94,26 @@ class Optimizer:
         self.precision = resolve_precision(precision, parameters[0].device)
         self.clip_norm = clip_norm
         self.skipped = 0
-        self._masters = _flatten(parameters)
+        self._ranks = ranks or Ranks()
+        self._shard = shard and self._ranks.size > 1
+        slices = self._ranks.size if self._shard else 1
+        self._count = sum(parameter.numel() for parameter in parameters)
+        self._masters = self._ranks.same(_flatten(parameters, slices))
         self.model = model
         self.compute = model
         if self.precision == "bf16":
             self.compute = copy.deepcopy(model).to(torch.bfloat16)
-            self._shadow = _flatten(list(self.compute.parameters()))
+            self._shadow = _flatten(list(self.compute.parameters()), slices)
         self._gradient = torch.zeros_like(self._masters)
-        self._masters.grad = self._gradient
-        sizes = [parameter.numel() for parameter in parameters]
-        self._gradients = [
-            part.view_as(parameter) for part, parameter in zip(self._gradient.split(sizes), parameters, strict=True)
-        ]
-        self._adam = torch.optim.Adam([self._masters], lr=learning_rate, fused=True)
-        self._adam.state[self._masters] = {
+        self._gradients = _views(self._gradient, parameters)
+        # What this rank updates: all of it, or its slice.
+        self._own = self._masters.chunk(slices)[self._ranks.rank if self._shard else 0]
+        self._own.grad = torch.zeros_like(self._own) if self._shard else self._gradient
+        self._adam = torch.optim.Adam([self._own], lr=learning_rate, fused=True)
+        self._adam.state[self._own] = {
             "step": torch.zeros((), dtype=torch.float32, device=self._masters.device),
-            "exp_avg": torch.zeros_like(self._masters),
-            "exp_avg_sq": torch.zeros_like(self._masters),
+            "exp_avg": torch.zeros_like(self._own),
+            "exp_avg_sq": torch.zeros_like(self._own),
         }
 
     def step(self, objective: Objective) -> dict[str, Any]:
@@ -97,34 +121,69 @@ class Optimizer:
 
         Returns the objective's stats with `loss` and `grad_norm` (before clipping), floats, and `skipped`, bool.
         """
+        return self.step_parts(lambda model: [objective(model)])
+
+    def step_parts(self, parts: Parts) -> dict[str, Any]:
+        """`step` of a loss that comes in addends, as of micro-batches: only one's activations are held at a time.
+
+        A rank may have none. Their stats are added up, over all ranks too.
+        """
         self.compute.train()
+        seen: list[dict[str, Any]] = []
+        value = 0.0
         with torch.enable_grad():
-            loss, stats = objective(self.compute)
-            gradients = torch.autograd.grad(loss, list(self.compute.parameters()), allow_unused=True)
-        for into, gradient in zip(self._gradients, gradients, strict=True):
-            if gradient is None:
-                into.zero_()
-            else:
-                into.copy_(gradient)
-        norm = float(torch.linalg.vector_norm(self._gradient))
-        value = float(loss.detach())
+            for loss, stats in parts(self.compute):
+                self._take_gradient(loss, first=not seen)
+                seen.append(stats)
+                value += float(loss.detach())
+        if not seen:
+            self._gradient.zero_()
+        total = seen[0] if len(seen) == 1 else added(seen)
+        if self._ranks.size > 1:
+            gathered = self._ranks.collect(plain({**total, "loss": value}), dict[str, Any])
+            total = added([tensors(stats) for stats in gathered])
+            value = total["loss"]
+        norm = self._sum_gradient()
         finite = math.isfinite(norm) and math.isfinite(value)
         if finite:
             if norm > self.clip_norm:
-                self._gradient.mul_(self.clip_norm / norm)
+                assert self._own.grad is not None  # noqa: S101
+                self._own.grad.mul_(self.clip_norm / norm)
             self._adam.step()
+            if self._shard:
+                self._ranks.join_slices(self._masters)
             self._cast()
         else:
             self.skipped += 1
-        return {**stats, "loss": value, "grad_norm": norm, "skipped": not finite}
+        return {**total, "loss": value, "grad_norm": norm, "skipped": not finite}
+
+    def _take_gradient(self, loss: Tensor, *, first: bool) -> None:
+        gradients = torch.autograd.grad(loss, list(self.compute.parameters()), allow_unused=True)
+        for into, gradient in zip(self._gradients, gradients, strict=True):
+            if gradient is not None:
+                _ = into.copy_(gradient) if first else into.add_(gradient)
+            elif first:
+                into.zero_()
+
+    def _sum_gradient(self) -> float:
+        """Bring the sum over all ranks to where Adam takes it; its norm."""
+        if not self._shard:
+            return float(torch.linalg.vector_norm(self._ranks.sum_(self._gradient)))
+        assert self._own.grad is not None  # noqa: S101
+        own = self._ranks.sum_slices(self._gradient, self._own.grad)
+        return float(self._ranks.sum_(torch.linalg.vector_norm(own).square())) ** 0.5
 
     def state_dict(self) -> dict[str, Tensor]:
-        """Moments and counters as plain tensors; the moments are flat, in the order of `model.parameters()`."""
-        state = self._adam.state[self._masters]
+        """Moments and counters as plain tensors; the moments are flat, in the order of `model.parameters()`.
+
+        The same with and without `shard`, so that another number of ranks can go on from it; with it only rank 0's is
+        whole.
+        """
+        state = self._adam.state[self._own]
         return {
             "step": state["step"].clone(),
-            "exp_avg": state["exp_avg"].clone(),
-            "exp_avg_sq": state["exp_avg_sq"].clone(),
+            "exp_avg": self._whole(state["exp_avg"]),
+            "exp_avg_sq": self._whole(state["exp_avg_sq"]),
             "skipped": torch.tensor(self.skipped),
         }
 
@@ -133,16 +192,23 @@ class Optimizer:
 
         Raises UserError when the state is of another architecture.
         """
-        if state["exp_avg"].shape != self._masters.shape:
+        if state["exp_avg"].numel() != self._count:
             raise UserError(
-                f"optimizer state holds {state['exp_avg'].numel():,} values, the model {self._masters.numel():,}: "
+                f"optimizer state holds {state['exp_avg'].numel():,} values, the model {self._count:,}: "
                 "they are of different architectures; resume with the preset that the run began with"
             )
-        own = self._adam.state[self._masters]
-        for name in ("step", "exp_avg", "exp_avg_sq"):
-            own[name].copy_(state[name])
+        own = self._adam.state[self._own]
+        own["step"].copy_(state["step"])
+        begin = self._own.numel() * self._ranks.rank if self._shard else 0
+        for name in ("exp_avg", "exp_avg_sq"):
+            part = state[name][begin : begin + self._own.numel()]
+            own[name].zero_()[: len(part)].copy_(part)
         self.skipped = int(state["skipped"])
         self._cast()
+
+    def _whole(self, own: Tensor) -> Tensor:
+        """A copy of a moment over all parameters; where ranks hold slices, on rank 0 only, the others give theirs."""
+        return self._ranks.gather_slices(own.cpu())[: self._count] if self._shard else own[: self._count].clone()
 
     @torch.no_grad()
     def _cast(self) -> None:
