@@ -1,45 +1,52 @@
-"""One run learnt by several ranks: rank 0 decides, all do it, each on the sessions of its users' partitions.
+"""One run learnt by several ranks: rank 0 decides and tells, the others follow.
 
-What all must agree on (where a batch ends, which items are known, which pairs are used, when a checkpoint is due) is
-decided by rank 0 and told to the others; losses are means over the global batch, so that a step is that of one process
-up to rounding, whatever the number of ranks.
+Where a batch ends, which items are known, which preference pairs are used and when a checkpoint is due: rank 0 alone
+decides that and writes journal, metrics and checkpoints. The others read the same session log and make the same batches
+from it, as a trainer that starts again does from its journal.
 """
 
 from __future__ import annotations
 
-import zlib
-from collections.abc import Iterator, Sequence
-from typing import Any
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
 
 import msgspec
 import torch
-from torch import Tensor
 
-from trainer.config import ModelConfig
-from trainer.data import Example
+from onerec.errors import Failure
+from streaming.store import Reader
+from trainer.checkpoint import (
+    Checkpoint,
+    Cursor,
+    checkpoint_folder,
+    load_checkpoint,
+    load_optimizer,
+    load_weights,
+)
+from trainer.data import Batch, BatchReader
+from trainer.items import Catalogue, load_catalogue, refresh_catalogue
 from trainer.journal import Entry
-from trainer.model import Batch, OneRec
-from trainer.optim import Parts
+from trainer.learner import Learner
+from trainer.model import OneRec
+from trainer.optim import Optimizer
 from trainer.pairs import Pair
 from trainer.ranks import Ranks
+from trainer.runs import Run
 
-PARTITIONS = 1024
-"""Users are spread over so many partitions, and these over the ranks in turn."""
-
-
-def owns(ranks: Ranks, session_id: str) -> bool:
-    """Whether this rank learns the sessions of that session's user, who is the first part of its id (SEMANTICS.md §5)."""
-    user = session_id.partition(":")[0]
-    return zlib.crc32(user.encode()) % PARTITIONS % ranks.size == ranks.rank
-
-
-def share(ranks: Ranks, examples: Sequence[Example]) -> list[Example]:
-    """Those of a batch's `examples` that this rank learns; over all ranks each exactly once."""
-    return [example for example in examples if owns(ranks, example.session_id)]
+WAIT_SECONDS = 5.0
+"""How often an idle leader says that it is alive."""
 
 
 class Told(msgspec.Struct, frozen=True, kw_only=True, tag=True):
     """What rank 0 has decided about the next step; the other ranks do it and nothing else."""
+
+
+class Begin(Told, frozen=True, kw_only=True):
+    """The run, and the step of the checkpoint to go on from; None: from the beginning."""
+
+    run: Run
+    step: int | None
 
 
 class Wait(Told, frozen=True, kw_only=True):
@@ -55,19 +62,16 @@ class End(Told, frozen=True, kw_only=True):
 
 
 class Learn(Told, frozen=True, kw_only=True):
-    """Learn batch `step`: `entry` is the journal's of it, `cursor` (round, sequence) where it must end.
-
-    `known`: rows of the catalogue that must be known then; `pairs`: the preference pairs of the step.
-    """
+    """Learn batch `step`, of which the journal has `entry`, with `pairs`; the batch must end at `round`, `sequence`."""
 
     step: int
     entry: Entry
-    cursor: tuple[int, int]
-    known: int
+    round: int
+    sequence: int
     pairs: tuple[Pair, ...] = ()
 
 
-Order = Wait | Save | End | Learn
+Order = Begin | Wait | Save | End | Learn
 
 
 class FollowedJournal:
@@ -92,43 +96,126 @@ class FollowedJournal:
         """What follows from rank 0's word needs no writing."""
 
 
-def micro_batches(examples: Sequence[Example], most: int) -> list[list[Example]]:
-    """`examples` in groups of at most `most` (0: one group), of like lengths of history so that little is padded."""
-    if not most or len(examples) <= most:
-        return [list(examples)] if examples else []
-    ordered = sorted(examples, key=lambda example: len(example.history))
-    count = -(-len(ordered) // most)
-    return [ordered[place * len(ordered) // count : (place + 1) * len(ordered) // count] for place in range(count)]
+class Leader:
+    """Rank 0's voice; alone it speaks to nobody."""
+
+    def __init__(self, ranks: Ranks, clock: Callable[[], float] = time.monotonic) -> None:
+        self._ranks, self._clock = ranks, clock
+        self._spoke = clock()
+
+    def begin(self, run: Run, checkpoint: Checkpoint | None) -> None:
+        """Let all others build what this rank builds next: model, optimiser, their state."""
+        self._tell(Begin(run=run, step=checkpoint.step if checkpoint else None))
+
+    def wait(self) -> None:
+        """Say, at most every `WAIT_SECONDS`, that there is nothing to do yet."""
+        if self._clock() - self._spoke >= WAIT_SECONDS:
+            self._tell(Wait())
+
+    def learn(self, step: int, batch: Batch, entry: Entry | None, pairs: Sequence[Pair]) -> None:
+        """Let all learn batch `step`, of which the journal has `entry`; `Learner.learn` must follow."""
+        self._tell(
+            Learn(
+                step=step,
+                entry=entry or Entry(step=step),
+                round=batch.cursor.round,
+                sequence=batch.cursor.sequence,
+                pairs=tuple(pairs),
+            )
+        )
+
+    def save(self) -> None:
+        """Let all give their share of the optimiser's state; `Optimizer.state_dict` must follow."""
+        self._tell(Save())
+
+    def end(self) -> None:
+        """Let all others end."""
+        self._tell(End())
+
+    def _tell(self, order: Order) -> None:
+        if self._ranks.size > 1:
+            self._ranks.tell(order, Order)
+            self._spoke = self._clock()
 
 
-def ntp_parts(ranks: Ranks, batches: Sequence[Batch], config: ModelConfig) -> Parts:
-    """NTP and balance loss of the global batch, of which this rank has `batches`: none, one, or several micro-batches.
+def optimizer_of(run: Run, model: OneRec, ranks: Ranks) -> Optimizer:
+    """The optimiser of a run, on every rank the same way."""
+    settings = run.config
+    return Optimizer(
+        model,
+        learning_rate=settings.learning_rate,
+        clip_norm=settings.clip_norm,
+        precision="bf16" if run.precision == "bf16" else "fp32",
+        ranks=ranks,
+        shard=settings.shard_optimizer,
+    )
 
-    Both are means over the global batch. NTP: a part's mean counts by its share of the target items. Balance (E Σ f_e
-    P_e): f over all ranks and micro-batches enters every part's gradient, so it must be known before the first; one
-    batch a rank counts in its own forward pass, several in a forward pass without gradients before.
+
+def follow(state_dir: Path, run_dir: Path, ranks: Ranks) -> None:
+    """Do what rank 0 says until it ends the run; for every rank but the first.
+
+    Raises Failure where rank 0 is gone, or where the log here is not the one that it reads.
     """
-
-    def parts(model: OneRec) -> Iterator[tuple[Tensor, dict[str, Any]]]:
-        if ranks.size == 1 and len(batches) == 1:
-            yield model.loss(batches[0])
-            return
-        if len(batches) == 1:
-            yield model.loss(batches[0], ranks.sum_)
-            return
-        size = 1 + config.decoder_layers * config.experts
-        census = torch.zeros(size, dtype=torch.int64, device=model.bos.device)
-        with torch.no_grad():
-            for batch in batches:
-                census += model.census(batch)
-        ranks.sum_(census)
-        for batch in batches:
-            yield model.loss(batch, lambda own: census)
-
-    return parts
+    with Reader(state_dir) as reader:
+        follower: _Follower | None = None
+        while True:
+            order: Order = ranks.tell(None, Order)
+            match order:
+                case Begin():
+                    follower = _Follower(state_dir, run_dir, reader, ranks, order)
+                case Learn() if follower is not None:
+                    follower.learn(order)
+                case Save() if follower is not None:
+                    follower.optimizer.state_dict()
+                case End():
+                    return
+                case Wait():
+                    pass
 
 
-def weighted(part: tuple[Tensor, dict[str, Any]], share: float) -> tuple[Tensor, dict[str, Any]]:
-    """A loss and stats that are means over this rank's `share` of something, as a part of the mean over the whole."""
-    loss, stats = part
-    return loss * share, {name: value * share for name, value in stats.items()}
+class _Follower:
+    """A run as a rank other than the first has it."""
+
+    def __init__(self, state_dir: Path, run_dir: Path, reader: Reader, ranks: Ranks, begin: Begin) -> None:
+        run = begin.run
+        torch.set_num_threads(run.config.threads)
+        checkpoint = load_checkpoint(checkpoint_folder(run_dir, begin.step)) if begin.step is not None else None
+        self._state_dir, self._reader, self._ranks = state_dir, reader, ranks
+        self._catalogue = load_catalogue(state_dir)
+        model = OneRec(run.model).to(ranks.device)
+        if checkpoint is not None:
+            model.load_state_dict(load_weights(checkpoint))
+        self.optimizer = optimizer_of(run, model, ranks)
+        if checkpoint is not None:
+            self.optimizer.load_state_dict(load_optimizer(checkpoint)["optimizer"])
+        self._learner = Learner(run, ranks, model, self.optimizer)
+        self._journal = FollowedJournal()
+        self._batches = BatchReader(
+            reader,
+            self._journal,
+            self._refresh_items,
+            cursor=checkpoint.cursor if checkpoint else Cursor(),
+            known=checkpoint.items if checkpoint else 0,
+            m=run.model.session_items,
+            n=run.model.history_length,
+            batch_windows=run.config.batch_windows,
+            idle_seconds=run.config.idle_seconds,
+            gap_ms=reader.semantics().session.gap_ms,
+            backlog=run.backlog,
+            rounds=run.config.backlog_passes,
+        )
+
+    def learn(self, order: Learn) -> None:
+        """The batch that rank 0 has closed, read here too, and this rank's share of it."""
+        self._journal.tell(order.entry)
+        batch = self._batches.next(order.step)
+        if batch is None or batch.cursor != Cursor(round=order.round, sequence=order.sequence):
+            raise Failure(
+                f"rank {self._ranks.rank}: batch {order.step} ends at {batch and batch.cursor} in the log of "
+                f"{self._state_dir}, for rank 0 at session {order.sequence}; all ranks must read the same state"
+            )
+        self._learner.learn(batch.examples, order.pairs, self._catalogue.item_codes, self._batches.known)
+
+    def _refresh_items(self) -> Catalogue:
+        self._catalogue = refresh_catalogue(self._state_dir, self._reader, self._catalogue)
+        return self._catalogue

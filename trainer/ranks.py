@@ -95,7 +95,7 @@ class Ranks:
             self._call(lambda: dist.broadcast(tensor, 0))
         return tensor
 
-    def tell(self, value: T | None, kind: type[T]) -> T:
+    def tell(self, value: T | None, kind: Any) -> T:
         """What rank 0 gives as `value`, a type that msgspec knows; the others give None."""
         if self.size == 1:
             return cast("T", value)
@@ -105,7 +105,7 @@ class Ranks:
         self.same(torch.frombuffer(data, dtype=torch.uint8))
         return msgspec.msgpack.decode(bytes(data), type=kind)
 
-    def collect(self, value: T, kind: type[T]) -> list[T]:
+    def collect(self, value: T, kind: Any) -> list[T]:
         """The values of all ranks in their order, on each of them; of a type that msgspec knows."""
         if self.size == 1:
             return [value]
@@ -119,9 +119,13 @@ class Ranks:
         rows = zip(data, lengths.tolist(), strict=True)
         return [msgspec.msgpack.decode(row[:length].numpy().tobytes(), type=kind) for row, length in rows]
 
-    def close(self) -> None:
-        """Leave the group."""
-        if self.size > 1 and dist.is_initialized():
+    def __enter__(self) -> Ranks:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *error: object) -> None:
+        """Leave the group; after an error there may be no group left, and torchrun ends the other ranks."""
+        if self.size > 1 and kind is None:
+            self._call(dist.barrier)
             dist.destroy_process_group()
 
     def _call(self, action: Callable[[], Any]) -> None:
