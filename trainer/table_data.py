@@ -172,8 +172,10 @@ def item_facts(reader: Reader, catalogue: Catalogue) -> ItemFacts:
     topics = [record.tags[-1] if record and record.tags else None for record in known]
     authors = [record.author_id if record else None for record in known]
     for label, values in (("topic", topics), ("author", authors)):
-        if all(value is not None for value in values):
-            return ItemFacts(upload, np.unique(values, return_inverse=True)[1].astype(np.int64), label)
+        named = [value for value in values if value is not None]
+        if len(named) == len(values):
+            numbers = {value: number for number, value in enumerate(sorted(set(named)))}
+            return ItemFacts(upload, np.array([numbers[value] for value in named], np.int64), label)
     return ItemFacts(upload, catalogue.item_codes[:, 0].astype(np.int64), "level-1 code")
 
 
