@@ -35,7 +35,7 @@ SHARES = {
 WITH_TRAINER = {**SHARES, "trainer": 6}
 PENDING = 3
 """Faults that the system may still be recovering from when the next one comes."""
-PATIENCE = 180.0
+RECOVERY = 180.0
 """Seconds after which a recovery counts as failed."""
 TRAIN = ("train.preset=tiny", "train.score_share=0", "train.checkpoint_seconds=5", "train.threads=1")
 """Kind of kill → its share of all, in some unit."""
@@ -254,7 +254,7 @@ class Chaos:
 
     def _mend(self, seconds: float) -> None:
         time.sleep(seconds)
-        self.broker.start(PATIENCE)
+        self.broker.start(RECOVERY)
 
     def _trap(self, action: str, role: str) -> str:
         """The process started next will die or freeze by itself, inside a step."""
@@ -286,13 +286,13 @@ class Chaos:
     def run(self, kinds: list[str], seconds: float, tell: Callable[[str], None] = lambda text: None) -> None:
         """The kills, spread over the time; a planned hand-over after every tenth. Stops early where the log ends.
 
-        Raises StackError where the system does not recover.
+        Raises StackError or TooSlow where the system does not recover.
         """
-        self._until(lambda: self.stack.events() > 0, PATIENCE, "the first events")
+        self._until(lambda: self.stack.events() > 0, RECOVERY, "the first events")
         for number, kind in enumerate(kinds):
             at = time.monotonic() + seconds / len(kinds) * self.rng.uniform(0.2, 1.8)
             self._until(lambda: time.monotonic() >= at, 3_600, "time to pass")  # noqa: B023
-            self._until(lambda: self._ready() or self._produced, PATIENCE, "recovery")
+            self._until(lambda: self._ready() or self._produced, RECOVERY, "recovery")
             self._until(lambda: self._produced or self.strike(kind), 60, f"{kind} to be there")  # noqa: B023
             if self._produced:
                 tell("the log has come to its end")
@@ -306,14 +306,14 @@ class Chaos:
             self.step()
             return condition()
 
-        self.stack.wait(reached, seconds, what, exits=True)
+        self.stack.wait(reached, seconds, what, data=True, exits=True)
 
     def _ready(self) -> bool:
         """Whether the next fault may come."""
         return self._mending is None and sum(fault.seconds is None for fault in self.faults) < PENDING
 
     def finish(self, seconds: float) -> float:
-        """Lets the rest of the log through flat out; seconds until its end. Raises StackError."""
+        """Lets the rest of the log through flat out; seconds until its end. Raises StackError or TooSlow."""
         began = time.monotonic()
         if not self._produced and self.producer.running:
             self.producer.kill()

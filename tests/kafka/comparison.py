@@ -28,7 +28,7 @@ class Tail:
         self._consumer = Consumer(
             {**consumer(config, group_id="comparison", auto_offset_reset="earliest", enable_partition_eof=True), "log_level": 0}
         )
-        found = self._consumer.list_topics(config.named(topic), timeout=20).topics[config.named(topic)]
+        found = self._consumer.list_topics(config.named(topic), timeout=60).topics[config.named(topic)]
         self._parts = sorted(found.partitions)
         self._consumer.assign([TopicPartition(config.named(topic), part, 0) for part in self._parts])
 

@@ -19,7 +19,7 @@ class EventLog:
         self._config, self._pack, self._commit = config, pack, commit
         self._numbers = [0] * config.partitions
         self._producer = Producer(settings.producer(config, transactional_id=config.named("event-log")))
-        self._producer.init_transactions(60)
+        self._producer.init_transactions(180)
 
     def write(self, found: Iterable[bytes]) -> None:
         """Lines, each to its user's partition; broken ones to partition 0."""
@@ -53,4 +53,4 @@ class EventLog:
                 headers=[(wire.NUMBER_HEADER, str(self._numbers[partition]).encode())],
             )
             self._numbers[partition] += 1
-        self._producer.commit_transaction(60)
+        self._producer.commit_transaction(180)

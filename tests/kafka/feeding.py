@@ -42,7 +42,7 @@ class Worker:
         self.semantics = semantics
         self.progress = {p: Progress(partition=p) for p in range(config.partitions)}
         self._producer = Producer(settings.producer(config, transactional_id=config.named("test-worker")))
-        self._producer.init_transactions(30)
+        self._producer.init_transactions(90)
         self.transaction([("progress", 0, SETTINGS_KEY, encode_settings(semantics, config.partitions), None)])
 
     def transaction(self, records: Iterable[tuple[str, int, bytes | None, bytes | None, Any]], *, abort: bool = False) -> None:
@@ -50,11 +50,11 @@ class Worker:
         self._producer.begin_transaction()
         for topic, partition, key, value, headers in records:
             self._producer.produce(self.config.named(topic), value, key, partition=partition, headers=headers)
-        self._producer.flush(30)
+        self._producer.flush(90)
         if abort:
-            self._producer.abort_transaction(30)
+            self._producer.abort_transaction(90)
         else:
-            self._producer.commit_transaction(30)
+            self._producer.commit_transaction(90)
 
     def commit(
         self,

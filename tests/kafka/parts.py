@@ -28,7 +28,7 @@ class Parts:
 
     def settle(self, stack: Stack, number: int, seconds: float = 60) -> float:
         """Waits until all events of the parts up to `number` are applied; seconds it took."""
-        return stack.wait(lambda: stack.events() >= self.events[number], seconds, f"all of part {number}")
+        return stack.wait(lambda: stack.events() >= self.events[number], seconds, f"all of part {number}", data=True)
 
     def feed(self, stack: Stack, number: int, seconds: float = 60) -> float:
         """Produces a part and waits until it is applied."""

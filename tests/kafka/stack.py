@@ -15,6 +15,7 @@ from pathlib import Path
 from comparison import Tail, Verdict, fold_progress, judge
 from confluent_kafka import ConsumerGroupState, KafkaException
 from confluent_kafka.admin import AdminClient
+from patience import PATIENCE, TooSlow
 from reference_log import SETTINGS, Reference, onerec
 
 from onerec.config import Config, load_config
@@ -24,10 +25,12 @@ from streaming.kafka.wire import Progress
 FROZEN = Path(__file__).with_name("frozen.py")
 SESSION_TIMEOUT_MS = 3_000
 TAIL_BYTES = 2_500
+STANDSTILL = 30.0
+"""Seconds without progress after which missing data are not on their way any more (times PATIENCE)."""
 
 
 class StackError(AssertionError):
-    """Something did not come about in time; the message ends with the last lines of every log."""
+    """Something failed or does not come about; the message ends with the last lines of every log."""
 
 
 class Process:
@@ -84,7 +87,7 @@ class Process:
         self._end(signal.SIGKILL)
 
     def stop(self, seconds: float = 30.0) -> int:
-        """SIGTERM; the exit code. Raises StackError where it does not end."""
+        """SIGTERM; the exit code. Raises TooSlow where it does not end."""
         return self._end(signal.SIGTERM, seconds)
 
     def _end(self, number: signal.Signals, seconds: float = 10.0) -> int:
@@ -92,9 +95,9 @@ class Process:
             return 0
         self._popen.send_signal(number)
         try:
-            code = self._popen.wait(seconds)
+            code = self._popen.wait(seconds * PATIENCE)
         except subprocess.TimeoutExpired:
-            raise StackError(f"{self.name} did not end within {seconds} s of {number.name}\n{self.tail()}") from None
+            raise TooSlow(f"{self.name} did not end within {seconds * PATIENCE} s of {number.name}\n{self.tail()}") from None
         finally:
             self.frozen = False
         self._popen = None
@@ -120,9 +123,10 @@ class Process:
         """Waits for a clean end; the log since the last start. Raises StackError."""
         assert self._popen is not None
         try:
-            code = self._popen.wait(seconds)
+            code = self._popen.wait(seconds * PATIENCE)
         except subprocess.TimeoutExpired:
-            raise StackError(f"{self.name} did not end within {seconds} s\n{self.tail()}") from None
+            # It may wait for data that were lost: nothing that a second run may hide.
+            raise StackError(f"{self.name} did not end within {seconds * PATIENCE} s\n{self.tail()}") from None
         self._popen = None
         if code:
             raise StackError(f"{self.name} ended with {code}\n{self.tail()}")
@@ -242,17 +246,24 @@ class Stack:
         return "\n".join(process.tail() for process in self.processes.values())
 
     def wait(
-        self, condition: Callable[[], object], seconds: float, what: str, *, exits: bool = False, every: float = 0.1
+        self, condition: Callable[[], object], seconds: float, what: str, *,
+        data: bool = False, exits: bool = False, every: float = 0.1,
     ) -> float:
-        """Seconds until the condition held. Raises StackError after `seconds`.
+        """Seconds until the condition held. Raises StackError or TooSlow after `seconds` times PATIENCE.
 
-        Also raised once a process that we started ended by itself with an error, unless `exits` says that somebody else
-        looks after that.
+        With `data` the wait is for events to be applied: TooSlow only where they were still being applied, as what stands
+        still may have lost some. StackError also once a process that we started ended by itself with an error, unless
+        `exits` says that somebody else looks after that.
         """
-        began = time.monotonic()
+        began = moved = time.monotonic()
+        state = self.state()
         while not condition():
-            if time.monotonic() - began > seconds:
-                raise StackError(f"{what}: not within {seconds} s; {self.state()}\n{self.tails()}")
+            now = time.monotonic()
+            if state != (state := self.state()):
+                moved = now
+            if now - began > seconds * PATIENCE:
+                late = StackError if data and now - moved > STANDSTILL * PATIENCE else TooSlow
+                raise late(f"{what}: not within {seconds * PATIENCE} s; {self.state()}\n{self.tails()}")
             for process in () if exits else self.processes.values():
                 if process.running or not process.exits or not process.exits[-1]:
                     continue
@@ -309,7 +320,7 @@ class Stack:
 
     def finish(self, seconds: float = 120) -> float:
         """Waits until the stream has passed the end markers everywhere; seconds it took."""
-        return self.wait(self.ended, seconds, "the end of the log")
+        return self.wait(self.ended, seconds, "the end of the log", data=True)
 
     def drain(self, *readers: Process, seconds: float = 120) -> None:
         """Stops feeders and replicas, and runs each once more to the end of its topic."""

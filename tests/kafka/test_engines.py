@@ -11,6 +11,7 @@ import pytest
 from comparison import judge, read_progress
 from confluent_kafka import TopicPartition
 from event_log import EventLog
+from patience import PATIENCE
 from reference_log import SETTINGS, Reference, Shape, lines, reference, settings, write
 from stack import Process
 
@@ -25,7 +26,7 @@ SESSION_MS = 3_000
 Make = Callable[..., KafkaConfig]
 Log = tuple[list[bytes], Reference]
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 engines = pytest.mark.parametrize("engine", ["group", "faust"])
 
 
@@ -65,7 +66,7 @@ def events(config: KafkaConfig) -> int:
 
 
 def wait(condition: Callable[[], object], processes: Sequence[Process], seconds: float = 90) -> None:
-    deadline = time.monotonic() + seconds
+    deadline = time.monotonic() + PATIENCE * seconds
     while not condition():
         tails = "\n".join(process.tail() for process in processes)
         assert time.monotonic() < deadline, f"nothing within {seconds} s\n{tails}"
@@ -82,7 +83,7 @@ def forget(config: KafkaConfig, ends: dict[int, int]) -> None:
     places = [TopicPartition(config.named("events"), partition, offset) for partition, offset in ends.items()]
     admin = topics.admin(config)
     for future in admin.delete_records(places).values():
-        future.result(30)
+        future.result(90)
 
 
 @engines

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable
 
 import pytest
 from event_log import EventLog
+from patience import PATIENCE
 
 from onerec.errors import Failure
 from streaming.kafka import wire
@@ -32,7 +33,7 @@ class Store:
     def open(self, partitions: Iterable[int]) -> dict[int, int]:
         wanted = list(partitions)
         self.calls.append(("open", wanted))
-        assert self.gate.wait(20)
+        assert self.gate.wait(PATIENCE * 20)
         self.open_ones |= {partition: wire.Progress(partition=partition, number=0) for partition in wanted}
         return dict.fromkeys(wanted, 0)
 
@@ -55,7 +56,7 @@ class Store:
 
 
 def until(condition: Callable[[], object], seconds: float = 20) -> None:
-    deadline = time.monotonic() + seconds
+    deadline = time.monotonic() + PATIENCE * seconds
     while not condition():
         assert time.monotonic() < deadline
         time.sleep(0.02)

@@ -13,7 +13,7 @@ from stack import Stack
 
 from streaming.kafka.settings import KafkaConfig
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 
 QUICK = (*SETTINGS, "stream.idle_ms=1500")
 PART = 5
@@ -97,7 +97,7 @@ def test_workers_come_and_go_under_load(engine: str, cluster: Callable[..., Kafk
         producer = stack.producer(parts.files[0], options=["--speed", "60", "--end"]).start()
 
         def pass_on(share: float) -> None:
-            stack.wait(lambda: stack.events() >= share * parts.events[-1], 90, f"{share:.0%} of the events")
+            stack.wait(lambda: stack.events() >= share * parts.events[-1], 90, f"{share:.0%} of the events", data=True)
 
         pass_on(0.1)
         for process in (workers[1], workers[2], ingests[1]):

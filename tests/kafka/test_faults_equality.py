@@ -12,7 +12,7 @@ from stack import Stack
 
 from streaming.kafka.settings import KafkaConfig
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(240)]
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 
 
 @pytest.fixture(scope="module")

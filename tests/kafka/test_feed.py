@@ -16,6 +16,7 @@ import orjson
 import pytest
 from confluent_kafka import TopicPartition
 from feeding import T0, Worker, session
+from patience import PATIENCE
 
 from onerec.errors import Failure, OneRecError, UserError
 from streaming.items import ItemRecord
@@ -44,7 +45,7 @@ def worker(config: KafkaConfig) -> Iterator[Worker]:
 def fed(config: KafkaConfig, state: Path, said: list[str] | None = None, **options: Any) -> Feeder:
     """Feeds to the end; the feeder is closed."""
     with Feeder(config, state, say=(said if said is not None else []).append, **options) as feeder:
-        deadline = time.monotonic() + 30
+        deadline = time.monotonic() + PATIENCE * 30
         while feeder.step() or not feeder.finished():
             assert time.monotonic() < deadline, feeder.status()
     return feeder
@@ -72,7 +73,7 @@ def forget(config: KafkaConfig, topic: str, partition: int, offset: int) -> None
     place = TopicPartition(config.named(topic), partition, offset)
     admin = topics.admin(config)
     for future in admin.delete_records([place]).values():
-        future.result(30)
+        future.result(90)
 
 
 def command(name: str, config: KafkaConfig, state: Path, *more: str) -> subprocess.Popen[bytes]:
@@ -199,12 +200,12 @@ def test_topics_missing_or_made_anew_are_refused(config: KafkaConfig, worker: Wo
     fed(config, tmp_path / "state")
     admin = topics.admin(config)
     for future in admin.delete_topics([config.named("sessions")]).values():
-        future.result(30)
+        future.result(90)
     with pytest.raises(UserError, match="sessions.*missing"):
         while True:  # a broker takes its time to forget a topic
             Feeder(config, tmp_path / "other").close()
             time.sleep(0.2)
-    deadline = time.monotonic() + 30
+    deadline = time.monotonic() + PATIENCE * 30
     while any(not state.there for state in topics.create(config, ["sessions"])):
         assert time.monotonic() < deadline
     with pytest.raises(UserError, match=r"sessions was deleted and made anew.*empty folder"):
@@ -247,20 +248,20 @@ def test_a_partition_whose_worker_stands_still_holds_up_the_others_for_a_while_o
         begun = time.monotonic()
         while not feeder.done.sessions:
             feeder.step()
-            assert time.monotonic() < begun + 20
+            assert time.monotonic() < begun + PATIENCE * 20
         assert time.monotonic() > begun + config.stall_seconds - 1
         status = feeder.status()
         assert status["left_out"] == [2] and status["watermark"] == T0 + 2 * 60_000
         worker.commit(2, [session("c", 3)], watermark=20)
         while feeder.done.sessions < 3:
             feeder.step()
-            assert time.monotonic() < begun + 30
+            assert time.monotonic() < begun + PATIENCE * 30
         while feeder.status()["watermark"] != T0 + 20 * 60_000:
             feeder.step()
-            assert time.monotonic() < begun + 30
+            assert time.monotonic() < begun + PATIENCE * 30
         while feeder.status()["lag_ms"] != 0:
             feeder.step()
-            assert time.monotonic() < begun + 30
+            assert time.monotonic() < begun + PATIENCE * 30
     assert log(tmp_path / "state") == lines(session("b", 8), session("a", 9), session("c", 3))
 
 
@@ -296,12 +297,12 @@ def test_it_follows_until_stopped_and_says_what_it_did(config: KafkaConfig, work
         worker.commit(0, [session("a", 1)], watermark=5)
         for partition in (1, 2):
             worker.commit(partition, [], watermark=5)
-        deadline = time.monotonic() + 30
+        deadline = time.monotonic() + PATIENCE * 30
         while not grown(tmp_path / "state"):
             assert running.poll() is None and time.monotonic() < deadline
             time.sleep(0.1)
         running.send_signal(signal.SIGTERM)
-        printed, complaints = running.communicate(timeout=20)
+        printed, complaints = running.communicate(timeout=60)
     finally:
         running.kill()
     assert running.returncode == 0, complaints
@@ -317,7 +318,7 @@ def test_before_the_first_worker_it_waits_and_can_be_stopped(config: KafkaConfig
         assert running.stderr is not None
         assert b"waiting for the first worker" in running.stderr.readline()
         running.send_signal(signal.SIGTERM)
-        printed, complaints = running.communicate(timeout=20)
+        printed, complaints = running.communicate(timeout=60)
     finally:
         running.kill()
     assert running.returncode == 0 and printed == b"" and b"stopped before the first worker" in complaints
@@ -351,7 +352,7 @@ def test_killed_anywhere_the_log_is_the_same(config: KafkaConfig, worker: Worker
         kills += 1
     writing.join()
     running = command("feed", config, tmp_path / "killed", "--until-end")
-    printed, complaints = running.communicate(timeout=60)
+    printed, complaints = running.communicate(timeout=180)
     assert running.returncode == 0, complaints
     fed(config, tmp_path / "whole")
     whole = log(tmp_path / "whole")

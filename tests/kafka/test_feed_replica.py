@@ -13,6 +13,7 @@ import orjson
 import pytest
 from confluent_kafka.admin import AlterConfigOpType, ConfigEntry, ConfigResource, ResourceType
 from feeding import T0, Worker
+from patience import PATIENCE
 from reference_log import SETTINGS, Shape, onerec, reference, write
 from reference_log import lines as log_lines
 from test_feed import command, fed, forget
@@ -60,7 +61,7 @@ def live(user: str, *items: str) -> tuple[bytes, bytes]:
 def replicated(config: KafkaConfig, state: Path, said: list[str] | None = None) -> Replica:
     """Reads to the end; the replica is closed."""
     with Replica(config, state, say=(said if said is not None else []).append) as replica:
-        deadline = time.monotonic() + 30
+        deadline = time.monotonic() + PATIENCE * 30
         while replica.step() or not replica.finished():
             assert time.monotonic() < deadline, replica.status()
     return replica
@@ -72,7 +73,7 @@ def shorten(config: KafkaConfig, topic: str) -> None:
     resource = ConfigResource(ResourceType.TOPIC, config.named(topic), incremental_configs=[entry])
     admin = topics.admin(config)
     for future in admin.incremental_alter_configs([resource]).values():
-        future.result(30)
+        future.result(90)
 
 
 def histories(state: Path) -> dict[str, list[str]]:
@@ -85,7 +86,7 @@ def test_the_newest_entries_count_and_removed_ones_are_gone(config: KafkaConfig,
     worker.commit(0, pairs=[base("b", "wrong"), base("never", "i1")], watermark=90, users=5, abort=True)
     worker.commit(1, pairs=[base("ü:%", "i7"), live("ü:%", "i8")], watermark=9, users=1)
     with Replica(config, tmp_path / "state") as replica:
-        deadline = time.monotonic() + 30
+        deadline = time.monotonic() + PATIENCE * 30
         while replica.done.records < 5:
             replica.step()
             assert time.monotonic() < deadline, replica.status()
@@ -115,7 +116,7 @@ def test_a_serving_host_sees_a_history_moments_after_it_was_written(
         try:
             for number in range(2, 8):
                 worker.commit(0, pairs=[live("a", *(f"i{k}" for k in range(2, number + 1)))], watermark=number)
-                deadline = time.monotonic() + 20
+                deadline = time.monotonic() + PATIENCE * 20
                 while lookup.of("a") != [f"i{k}" for k in range(1, number + 1)]:
                     assert time.monotonic() < deadline, lookup.of("a")
                     time.sleep(0.01)
@@ -178,8 +179,8 @@ def test_a_topic_shortened_or_made_anew_and_a_foreign_state_are_refused(
         replicated(config, tmp_path / "state")
     admin = topics.admin(config)
     for future in admin.delete_topics([config.named("histories")]).values():
-        future.result(30)
-    deadline = time.monotonic() + 30
+        future.result(90)
+    deadline = time.monotonic() + PATIENCE * 30
     while any(not state.there for state in topics.create(config, ["histories"])):
         assert time.monotonic() < deadline
     with pytest.raises(UserError, match="histories was deleted and made anew"):
@@ -245,7 +246,7 @@ def test_killed_anywhere_the_replica_ends_with_the_same_entries(
         kills += 1
     writing.join()
     running = command("histories-replica", config, tmp_path / "killed", "--until-end")
-    printed, complaints = running.communicate(timeout=60)
+    printed, complaints = running.communicate(timeout=180)
     assert running.returncode == 0, complaints
     assert orjson.loads(printed)["ended"] is True and kills > 1
     replicated(config, tmp_path / "whole")

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator, Mapping
 import pytest
 from confluent_kafka import Producer
 from feeding import Worker
+from patience import PATIENCE
 from test_feed import forget
 
 from onerec.errors import Failure
@@ -40,7 +41,7 @@ def tail_of(config: KafkaConfig, offsets: Mapping[int, int | None]) -> Tail:
 def values(tail: Tail, seconds: float = 30) -> list[int]:
     """All up to the ends."""
     found: list[int] = []
-    deadline = time.monotonic() + seconds
+    deadline = time.monotonic() + PATIENCE * seconds
     while not tail.complete():
         found += [int(message.value()) for message in tail.read(100, 0.05)]
         assert time.monotonic() < deadline, (tail.offsets, found)
@@ -54,17 +55,17 @@ def test_the_end_is_that_of_committed_records_and_lies_behind_the_marks(config: 
         assert values(tail) == [1, 2]
         assert tail.offsets == {0: 5, 1: 0} and tail.bounds(0) == Bounds(0, 5) and tail.behind() == 0
         other = Producer(settings.producer(config, transactional_id=config.named("other")))
-        other.init_transactions(30)
+        other.init_transactions(90)
         other.begin_transaction()
         other.produce(config.named(TOPIC), b"9", partition=0)
-        other.flush(30)
+        other.flush(90)
         put(worker, 1, 7)
         put(worker, 0, 4)
         assert values(tail) == [7], "nothing behind an open transaction is to be read yet"
         assert tail.offsets[0] == 5
-        other.commit_transaction(30)
+        other.commit_transaction(90)
         other.close()
-        deadline = time.monotonic() + 30
+        deadline = time.monotonic() + PATIENCE * 30
         found: list[int] = []
         while len(found) < 2:
             found += values(tail)
@@ -81,7 +82,7 @@ def test_partitions_held_back_are_read_on_from_the_same_record(config: KafkaConf
         tail.hold([0])
         put(worker, 0, 2, 3)
         put(worker, 1, 7)
-        deadline = time.monotonic() + 30
+        deadline = time.monotonic() + PATIENCE * 30
         found: list[int] = []
         while not found:
             found += [int(message.value()) for message in tail.read(100, 0.05)]
@@ -120,8 +121,8 @@ def test_a_topic_deleted_while_it_is_read_ends_the_reading(
         assert values(tail) == [1]
         admin = topics.admin(config)
         for future in admin.delete_topics([config.named(TOPIC)]).values():
-            future.result(30)
-        deadline = time.monotonic() + 60
+            future.result(90)
+        deadline = time.monotonic() + PATIENCE * 60
         while anew and any(not state.there for state in topics.create(config, [TOPIC])):
             assert time.monotonic() < deadline
         with pytest.raises(Failure, match="was deleted while it was read"):

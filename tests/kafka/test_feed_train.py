@@ -13,6 +13,7 @@ import msgspec
 import orjson
 import pytest
 from feeding import SEMANTICS, T0, Worker, session
+from patience import PATIENCE
 from test_feed import command, fed, grown, log
 
 from onerec.config import Config, load_config
@@ -70,7 +71,7 @@ def test_a_trainer_follows_a_log_whose_feeder_is_killed(cluster: Callable[..., K
             learnt: list[Progress] = []
             results: list[Result] = []
             total = 3 * USERS * MINUTES
-            deadline = time.monotonic() + 120
+            deadline = time.monotonic() + PATIENCE * 120
 
             def stopped() -> bool:
                 return time.monotonic() > deadline or bool(learnt and learnt[-1].sessions == total)
@@ -105,7 +106,7 @@ def test_a_trainer_follows_a_log_whose_feeder_is_killed(cluster: Callable[..., K
 
 
 def wait(holds: Callable[[], bool], seconds: float = 60) -> None:
-    deadline = time.monotonic() + seconds
+    deadline = time.monotonic() + PATIENCE * seconds
     while not holds():
         assert time.monotonic() < deadline
         time.sleep(0.1)

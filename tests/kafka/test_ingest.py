@@ -16,6 +16,7 @@ import orjson
 import pytest
 from comparison import Tail
 from confluent_kafka import Consumer, KafkaException, Producer, TopicPartition
+from patience import PATIENCE
 from reference_log import BROKEN, Shape, lines, write
 from stack import Process
 
@@ -33,7 +34,7 @@ from streaming.kafka.settings import KafkaConfig
 from streaming.kafka.wire import END, marker_time
 from streaming.sources import Batch
 
-pytestmark = pytest.mark.timeout(180)
+pytestmark = pytest.mark.timeout(900)
 
 Cluster = Callable[..., KafkaConfig]
 T0 = 1_700_000_000_000
@@ -67,7 +68,7 @@ class Raw:
         self._producer.produce(self._config.named(topic), value, partition=partition, **named)
 
     def flush(self) -> None:
-        assert self._producer.flush(30) == 0
+        assert self._producer.flush(90) == 0
 
     def end(self) -> None:
         for topic in ("watch", "interactions", "items"):
@@ -85,7 +86,7 @@ def members(config: KafkaConfig) -> int:
     """Of the consumer group."""
     admin, group = topics.admin(config), config.named("ingest")
     try:
-        return len(admin.describe_consumer_groups([group])[group].result(30).members)
+        return len(admin.describe_consumer_groups([group])[group].result(90).members)
     except KafkaException:
         return 0
 
@@ -115,7 +116,7 @@ def running(config: Config) -> Iterator[Ingest]:
 
 
 def until(condition: Callable[[], object], seconds: float = 30) -> None:
-    deadline = time.monotonic() + seconds
+    deadline = time.monotonic() + PATIENCE * seconds
     while not condition():
         assert time.monotonic() < deadline, "not in time"
         time.sleep(0.05)
@@ -300,7 +301,7 @@ def test_an_instance_that_was_fenced_drops_what_it_held_and_comes_back(cluster: 
             until(lambda: job.counts.events >= 2 * n)  # noqa: B023
             if n == 1:
                 zombie = Producer(settings.producer(config, transactional_id=config.named("ingest-0")))
-                zombie.init_transactions(30)
+                zombie.init_transactions(90)
         until(lambda: job.counts.events == 8)
     found = events(config)
     for partition in range(2):
@@ -325,7 +326,7 @@ def test_offsets_that_kafka_forgot_end_it_with_the_way_out(cluster: Cluster) -> 
         admin = topics.admin(config)
         places = [TopicPartition(config.named("watch"), 0, offset)]
         for future in admin.delete_records(places).values():
-            future.result(30)
+            future.result(90)
 
     for n in range(5):
         raw.put("watch", 0, watch(n, "u", n))
@@ -343,7 +344,7 @@ def test_offsets_that_kafka_forgot_end_it_with_the_way_out(cluster: Cluster) -> 
     until(lambda: not members(config))
     admin = topics.admin(config)
     for future in admin.delete_consumer_groups([config.named("ingest")]).values():
-        future.result(30)
+        future.result(90)
     with pytest.raises(Failure, match=r"no offsets for partition 0, but .*events has been written"):
         Ingest(configured(config)).run(until_end=True)
 

@@ -225,7 +225,7 @@ def test_ingest_writes_lines_and_dead_letters(form: str, registry: Registry, clu
         producer.produce(config.named("watch"), value, partition=0)
     for topic in ("watch", "interactions", "items"):
         producer.produce(config.named(topic), END, partition=0)
-    assert producer.flush(30) == 0
+    assert producer.flush(90) == 0
     counts = Ingest(Config(kafka=config)).run(until_end=True)
     assert (counts.events, counts.dead_letters) == (5, 2)
     with Tail(config, "events") as tail:

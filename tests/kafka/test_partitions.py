@@ -298,7 +298,7 @@ def test_a_changelog_made_anew_is_not_the_one_before(
         store.settle()
     admin = topics.admin(config)
     for future in admin.delete_topics([config.named("histories"), config.named("sessions")]).values():
-        future.result(30)
+        future.result(90)
     topics.create(config)
     with PartitionStore(tmp_path / "w", SEMANTICS, config) as store:
         assert store.open([0]) == {0: 0}

@@ -18,6 +18,7 @@ from typing import Any
 import orjson
 import pytest
 from confluent_kafka import Message, Producer
+from patience import PATIENCE
 from reference_log import Shape, lines, write
 from stack import Process
 
@@ -113,7 +114,7 @@ def test_partitions_are_those_of_the_clients_own_partitioners(cluster: Cluster, 
         producer.produce(
             config.named("watch"), b"x", key, on_delivery=lambda error, m: given.update({m.key().decode(): m.partition()})
         )
-    assert producer.flush(30) == 0
+    assert producer.flush(90) == 0
     assert given == {key: partition_of(key, 7, kind) for key in keys}
     partitioner = Partitioner(7, kind)
     assert [partitioner(key) for key in keys] == [partitioner[key] for key in keys] == [given[key] for key in keys]
@@ -241,11 +242,11 @@ def test_lines_of_a_pipe_are_there_before_it_ends(cluster: Cluster) -> None:
     assert process.stdin is not None
     process.stdin.write(b"\n".join(source[:2]) + b"\n")
     process.stdin.flush()
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + PATIENCE * 60
     while found(config) != {("watch", 0): source[:2]}:
         assert time.monotonic() < deadline and process.poll() is None
         time.sleep(0.05)
-    said, _ = process.communicate(source[2] + b"\n", timeout=60)
+    said, _ = process.communicate(source[2] + b"\n", timeout=180)
     assert process.returncode == 0 and orjson.loads(said)["lines"] == 3
     assert found(config) == {("watch", 0): source}
 
@@ -358,7 +359,7 @@ def test_killed_at_every_step_of_a_transaction_it_goes_on(cluster: Cluster, log:
     options = ["--speed", "600", "--pack", "5", "--end"]
     for place in PLACES:
         process = Process("produce", words(config, log, *options), tmp_path / "produce.log").start(trap=f"kill:{place}")
-        deadline = time.monotonic() + 60
+        deadline = time.monotonic() + PATIENCE * 60
         while process.running:
             assert time.monotonic() < deadline, process.tail()
             time.sleep(0.02)
@@ -397,13 +398,13 @@ def test_a_frozen_producer_that_wakes_doubles_nothing(cluster: Cluster, log: Pat
     config = cluster(3)
     frozen = Process("frozen", words(config, log, "--speed", "600"), tmp_path / "frozen.log")
     frozen.start(trap="freeze:call:commit_transaction:3")
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + PATIENCE * 60
     while not frozen.is_stopped():
         assert time.monotonic() < deadline and frozen.running, frozen.tail()
         time.sleep(0.02)
     produce(config, log)
     frozen.wake()
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + PATIENCE * 60
     while frozen.running:
         assert time.monotonic() < deadline, frozen.tail()
         time.sleep(0.02)
@@ -449,7 +450,7 @@ def test_a_transaction_left_open_over_other_files_is_waited_for(cluster: Cluster
     other.init_transactions()
     other.begin_transaction()
     other.produce(anew.named("progress"), position, progress_key(str(log)), partition=0)
-    other.flush(30)
+    other.flush(90)
     with ThreadPoolExecutor(1) as pool:
         running = pool.submit(produce, anew, log)
         time.sleep(2)

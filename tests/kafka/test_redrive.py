@@ -10,6 +10,7 @@ from typing import Any
 import orjson
 import pytest
 from confluent_kafka import Producer
+from patience import PATIENCE
 from reference_log import onerec
 from stack import Process
 
@@ -38,7 +39,7 @@ def refuse(config: KafkaConfig, *found: tuple[str, str, bytes]) -> None:
     for source, reason, raw in found:
         headers: list[tuple[str, str | bytes | None]] = [("source", source.encode()), ("reason", reason.encode())]
         producer.produce(config.named("dead-letters"), raw, partition=0, headers=headers)
-    assert producer.flush(30) == 0
+    assert producer.flush(90) == 0
 
 
 def raw_lines(config: KafkaConfig) -> list[tuple[str, int, bytes]]:
@@ -117,7 +118,7 @@ def test_killed_while_it_sends_letters_again_it_doubles_none(cluster: Cluster, t
     for place in ("call:commit_transaction:1", "done:commit_transaction:1"):
         process = Process("redrive", ["dead-letters", *options(config), "--redrive"], tmp_path / "log")
         process.start(trap=f"kill:{place}")
-        deadline = time.monotonic() + 60
+        deadline = time.monotonic() + PATIENCE * 60
         while process.running:
             assert time.monotonic() < deadline, process.tail()
             time.sleep(0.02)

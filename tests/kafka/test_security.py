@@ -15,6 +15,7 @@ import orjson
 import pytest
 from confluent_kafka import Consumer, Producer, TopicPartition
 from confluent_kafka.admin import AdminClient, ScramCredentialInfo, ScramMechanism, UserScramCredentialUpsertion
+from patience import PATIENCE
 
 from onerec.config import load_config
 from onerec.errors import OneRecError, UserError
@@ -108,13 +109,13 @@ def secure(kafka_tools: None, tmp_path_factory: pytest.TempPathFactory) -> Itera
             for user in ("alice", "bob")
         ])
         for future in found.values():
-            future.result(30)
+            future.result(90)
         yield Secure(broker, folder)
 
 
 def await_access(config: KafkaConfig) -> None:
     """The broker takes a moment to learn of a new user."""
-    deadline = time.monotonic() + 30
+    deadline = time.monotonic() + PATIENCE * 30
     while True:
         try:
             topics.admin(config)
@@ -132,10 +133,10 @@ def round_trip(config: KafkaConfig) -> bytes:
     topics.require(config, ["watch"])
     assert set(topics.topic_ids(config, ["watch"])) == {"watch"}
     producer = Producer(settings.producer(config, transactional_id=config.named("t")))
-    producer.init_transactions(30)
+    producer.init_transactions(90)
     producer.begin_transaction()
     producer.produce(config.named("watch"), b"value", partition=0)
-    producer.commit_transaction(30)
+    producer.commit_transaction(90)
     consumer = Consumer(settings.consumer(config, group_id=config.named("g")))
     consumer.assign([TopicPartition(config.named("watch"), 0, 0)])
     (message,) = consumer.consume(1, 30)
@@ -263,7 +264,7 @@ def test_every_command_works_on_a_secure_cluster_and_shows_no_secret(
 ) -> None:
     table = getattr(secure, proof)
     for name, command in commands(table, f"{proof}-{engine}-", tmp_path, engine).items():
-        done = subprocess.run(command, env=environment(table), capture_output=True, text=True, timeout=240)
+        done = subprocess.run(command, env=environment(table), capture_output=True, text=True, timeout=720)
         assert done.returncode == 0, f"{name}: {done.stderr}"
         assert not any(secret in done.stdout + done.stderr for secret in SECRETS), name
         if name == "feed":
@@ -280,7 +281,7 @@ def test_every_command_leaves_at_once_when_the_password_is_wrong(secure: Secure,
         for name, command in commands(table, "wrong-", tmp_path, "faust").items()
     }
     for name, process in started.items():
-        text, said = process.communicate(timeout=120)
+        text, said = process.communicate(timeout=360)
         assert (process.returncode, text) == (2, ""), f"{name}: {said}"
         assert "refuses the credentials" in said and "kafka.sasl_password_file" in said, f"{name}: {said}"
         assert "wrong-one-4711" not in said, name
@@ -291,7 +292,7 @@ def set_password(secure: Secure, password: str) -> None:
     change = UserScramCredentialUpsertion("alice", ScramCredentialInfo(ScramMechanism.SCRAM_SHA_512, 4096), password.encode())
     admin = AdminClient({"bootstrap.servers": secure.broker.bootstrap})
     for future in admin.alter_user_scram_credentials([change]).values():
-        future.result(30)
+        future.result(90)
 
 
 @pytest.mark.slow
@@ -305,7 +306,7 @@ def test_workers_leave_when_their_password_is_changed_under_them(secure: Secure,
             words = [word for word in prepared["stream"] if word not in ("--until-end", "--json")]
             workers.append(subprocess.Popen(words, env=environment(secure.sasl), stderr=(folder / "said").open("wb")))
         for engine in ("group", "faust"):
-            deadline = time.monotonic() + 60
+            deadline = time.monotonic() + PATIENCE * 60
             while b"partitions 0-1" not in (tmp_path / engine / "said").read_bytes():
                 assert time.monotonic() < deadline, (tmp_path / engine / "said").read_text()
                 time.sleep(0.2)
@@ -313,7 +314,7 @@ def test_workers_leave_when_their_password_is_changed_under_them(secure: Secure,
         secure.broker.stop()
         secure.broker.start()
         for engine, worker in zip(("group", "faust"), workers, strict=True):
-            assert worker.wait(150) == 2, engine
+            assert worker.wait(450) == 2, engine
             assert "refuses the credentials" in (tmp_path / engine / "said").read_text()
     finally:
         for worker in workers:
