@@ -22,7 +22,9 @@ from typing import Final
 
 from onerec.errors import Failure, UserError
 
-VERSION: Final = "4.4.0"
+VERSION: Final = "4.2.0"
+"""The last before KAFKA-20734: from 4.3 on a coordinator that comes back while a partition has no leader takes it for deleted,
+and a commit confirmed just before a kill is never shown to readers."""
 JAVA: Final = 17
 """Oldest Java that Kafka 4 runs on."""
 HOST: Final = "127.0.0.1"
