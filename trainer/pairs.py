@@ -136,22 +136,47 @@ def _frames(path: Path, data: bytes, base: int, number: int | None) -> Iterator[
         yield base + place, record
 
 
-class PairLog(Closing):
-    """The one writer of a pair log. A tail that a kill has cut is taken away; records are on the disk once `append` returns.
+class PairIndex:
+    """What the records seen so far amount to.
 
-    `last`: number of the last record, `last_sequence`: its session's place (0: none yet). `session_ids`: of all records;
-    `pairs`: number and snapshot version of each pair; `drops`: how many for which reason; `offsets`: the last `source`
-    offset of each partition. Raises UserError for a foreign or damaged file, or where another process writes; Failure where
-    the disk refuses.
+    `last`: number of the last one, `last_sequence`: its session's place (0: none yet). `session_ids`: of all; `pairs`: number
+    and snapshot version of each pair; `drops`: how many for which reason; `offsets`: the last `source` offset of each
+    partition.
     """
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
+    def __init__(self) -> None:
         self.last = self.last_sequence = 0
         self.session_ids: set[str] = set()
         self.pairs: list[tuple[int, int]] = []
         self.drops: Counter[str] = Counter()
         self.offsets: dict[int, int] = {}
+
+    def note(self, record: Record) -> None:
+        """Takes in the next record."""
+        self.last, self.last_sequence = record.number, record.sequence
+        self.session_ids.add(record.session_id)
+        if isinstance(record, Pair):
+            self.pairs.append((record.number, record.snapshot_version))
+        else:
+            self.drops[record.reason] += 1
+        if record.source is not None:
+            self.offsets[record.source[0]] = record.source[1]
+
+    def pairs_between(self, after: int, last: int) -> list[int]:
+        """Snapshot versions of the pairs with a number greater than `after`, up to `last`."""
+        begin, end = (bisect_right(self.pairs, number, key=lambda pair: pair[0]) for number in (after, last))
+        return [version for _, version in self.pairs[begin:end]]
+
+
+class PairLog(PairIndex, Closing):
+    """The one writer of a pair log. A tail that a kill has cut is taken away; records are on the disk once `append` returns.
+
+    Raises UserError for a foreign or damaged file, or where another process writes; Failure where the disk refuses.
+    """
+
+    def __init__(self, path: Path) -> None:
+        super().__init__()
+        self.path = path
         self._file = -1
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -190,23 +215,8 @@ class PairLog(Closing):
         whole = len(MAGIC)
         for end, record in _frames(self.path, data[whole:], whole, 0):
             whole = end
-            self._note(record)
+            self.note(record)
         return whole
-
-    def _note(self, record: Record) -> None:
-        self.last, self.last_sequence = record.number, record.sequence
-        self.session_ids.add(record.session_id)
-        if isinstance(record, Pair):
-            self.pairs.append((record.number, record.snapshot_version))
-        else:
-            self.drops[record.reason] += 1
-        if record.source is not None:
-            self.offsets[record.source[0]] = record.source[1]
-
-    def pairs_between(self, after: int, last: int) -> list[int]:
-        """Snapshot versions of the pairs with a number greater than `after`, up to `last`."""
-        begin, end = (bisect_right(self.pairs, number, key=lambda pair: pair[0]) for number in (after, last))
-        return [version for _, version in self.pairs[begin:end]]
 
     def append(self, records: Sequence[Record]) -> list[Record]:
         """Write records with the numbers that follow, whatever they say themselves, and force them to the disk."""
@@ -225,7 +235,7 @@ class PairLog(Closing):
             os.lseek(self._file, end, os.SEEK_SET)
             raise Failure(f"{self.path} cannot be written: {error.strerror}; free space and start again") from error
         for record in numbered:
-            self._note(record)
+            self.note(record)
         return numbered
 
     def close(self) -> None:

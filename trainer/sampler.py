@@ -24,7 +24,7 @@ from trainer.data import known_rows
 from trainer.items import Catalogue, load_catalogue
 from trainer.pairs import Drop, PairLog, Record, is_sampled, pairs_path
 from trainer.runs import read_run
-from trainer.sampler_stats import Meter, Stats
+from trainer.sampler_stats import Meter, Stats, stats_path
 from trainer.sampling import PairMaker, Request
 
 BATCH = 8
@@ -150,8 +150,8 @@ class Source(Protocol):
     def next(self, count: int) -> list[Waiting]:
         """The first of those, without taking them away."""
 
-    def put(self, records: list[Record]) -> None:
-        """The records of as many of the first; whether they are on record and taken away is decided as one."""
+    def put(self, records: list[Record]) -> bool:
+        """Write the records of as many of the first, which are then taken away; False: all is as it was before."""
 
     def unread(self, checkpoint: Checkpoint) -> int:
         """Pairs that the trainer of this checkpoint has not taken yet."""
@@ -195,11 +195,12 @@ class LogSource(Closing):
         """The oldest."""
         return [self._waiting[place] for place in range(min(count, len(self._waiting)))]
 
-    def put(self, records: list[Record]) -> None:
+    def put(self, records: list[Record]) -> bool:
         """Append to the pair log, whose last record is the place to go on from."""
         self.log.append(records)
         for _ in records:
             self._waiting.popleft()
+        return True
 
     def unread(self, checkpoint: Checkpoint) -> int:
         """By record number."""
@@ -265,8 +266,8 @@ class Sampler:
             with self._meter.busy():
                 batch = self._snapshots.requests(self._source.next(min(BATCH, self._queue - unread)))
                 records, generated = maker.make_counted(batch)
-            self._source.put(list(records))
-            self._meter.made(records, generated)
+            if self._source.put(list(records)):
+                self._meter.made(records, generated)
             progress(self._meter.stats())
         self._meter.write()
         return self._meter.stats()
@@ -279,8 +280,8 @@ class Sampler:
             Drop(number=0, session_id=w.session_id, sequence=w.sequence, snapshot_step=checkpoint.step, reason="behind")
             for w in self._source.next(late)
         ]
-        self._source.put(records)
-        self._meter.made(records, 0)
+        if self._source.put(records):
+            self._meter.made(records, 0)
 
 
 def sample(
@@ -301,15 +302,20 @@ def sample(
     the disk refuses.
     """
     torch.set_num_threads(threads)
-    if config.preference.ratio == 0:
-        raise UserError("preference.ratio is 0: no session becomes a pair; set it, for example --set preference.ratio=0.01")
     if not run_dir.is_dir() and not follow:
         raise UserError(f"run {run_dir}: there is none; onerec train --state {state_dir} --run {run_dir} makes it")
-    try:
-        run_dir.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise Failure(f"{run_dir} cannot be written: {error.strerror}; mend permissions, or give another") from error
+    check_sampling(config, run_dir)
     with LogSource(state_dir, run_dir, config.preference.ratio) as source:
-        meter = Meter(run_dir, source.log)
+        meter = Meter(stats_path(run_dir), source.log)
         sampler = Sampler(source, Snapshots(state_dir, run_dir, config, say), meter, queue=queue)
         return sampler.run(follow, stopped, say, progress)
+
+
+def check_sampling(config: Config, run_dir: Path) -> None:
+    """Raise UserError where nothing is to be sampled, Failure where the run's folder cannot be written."""
+    if config.preference.ratio == 0:
+        raise UserError("preference.ratio is 0: no session becomes a pair; set it, for example --set preference.ratio=0.01")
+    try:
+        pairs_path(run_dir).parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise Failure(f"{run_dir} cannot be written: {error.strerror}; mend permissions, or give another") from error

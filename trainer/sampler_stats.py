@@ -12,7 +12,7 @@ import msgspec
 
 from onerec.errors import Failure
 from trainer.checkpoint import Checkpoint
-from trainer.pairs import PairLog, Record
+from trainer.pairs import Pair, PairIndex, Record
 
 WRITE_SECONDS = 2.0
 
@@ -47,31 +47,31 @@ class Stats(msgspec.Struct, kw_only=True):
     compute_share: float | None = None
 
 
-def stats_path(run_dir: Path) -> Path:
-    """RUN/pairs/stats.json."""
-    return run_dir / "pairs" / "stats.json"
+def stats_path(run_dir: Path, member: int = 0) -> Path:
+    """RUN/pairs/stats.json; each further sampler of the run has its own, stats-1.json and so on."""
+    return run_dir / "pairs" / (f"stats-{member}.json" if member else "stats.json")
 
 
-def read_stats(run_dir: Path) -> Stats | None:
-    """What the sampler of a run wrote last; None where there is nothing, or nothing legible."""
+def read_stats(path: Path) -> Stats | None:
+    """What a sampler wrote last; None where there is nothing, or nothing legible."""
     try:
-        return msgspec.json.decode(stats_path(run_dir).read_bytes(), type=Stats)
+        return msgspec.json.decode(path.read_bytes(), type=Stats)
     except (OSError, msgspec.DecodeError):
         return None
 
 
 class Meter:
-    """Counts what a sampler does, and writes it to RUN/pairs/stats.json every other second.
+    """Counts what a sampler does, and writes it to `path` every other second.
 
-    `log` gives the totals and says which pairs a checkpoint has taken; None where the records go to Kafka.
+    `log` gives the totals and says which pairs a checkpoint has taken.
     """
 
     def __init__(
-        self, run_dir: Path, log: PairLog | None, *,
+        self, path: Path, log: PairIndex, *,
         clock: Callable[[], float] = time.monotonic, cpu: Callable[[], float] = time.process_time,
     ) -> None:
-        self._path, self._log, self._clock, self._cpu = stats_path(run_dir), log, clock, cpu
-        before = read_stats(run_dir)
+        self._path, self._log, self._clock, self._cpu = path, log, clock, cpu
+        before = read_stats(path)
         self._cpu_before = before.cpu_seconds if before is not None else 0.0
         self._stats = Stats()
         self._made_pairs = 0
@@ -91,15 +91,7 @@ class Meter:
         stats = self._stats
         stats.made += len(records)
         stats.generated += generated
-        for record in records:
-            reason = getattr(record, "reason", None)
-            if reason is None:
-                self._made_pairs += 1
-            if self._log is None:
-                stats.records += 1
-                stats.pairs += reason is None
-                if reason is not None:
-                    stats.drops[reason] = stats.drops.get(reason, 0) + 1
+        self._made_pairs += sum(isinstance(record, Pair) for record in records)
 
     def moved(self, checkpoint: Checkpoint | None) -> None:
         """A newer checkpoint is M_t; the pairs that it took since the one before were taken under that one's version."""
@@ -109,7 +101,7 @@ class Meter:
         stats.snapshot_step, stats.snapshot_version = checkpoint.step, checkpoint.version
         cpu_ms = checkpoint.counters.get("cpu_ms")
         stats.trainer_cpu_seconds = None if cpu_ms is None else cpu_ms / 1000
-        if self._log is not None and self._taken is not None:
+        if self._taken is not None:
             for version in self._log.pairs_between(self._taken, checkpoint.pairs):
                 behind = max(0, checkpoint.version - 1 - version)
                 self._behind = [self._behind[0] + 1, self._behind[1] + behind, max(self._behind[2], behind)]
@@ -122,8 +114,7 @@ class Meter:
     def stats(self) -> Stats:
         """The figures now; written to the file now and then."""
         stats = self._stats
-        if self._log is not None:
-            stats.records, stats.pairs, stats.drops = self._log.last, len(self._log.pairs), dict(self._log.drops)
+        stats.records, stats.pairs, stats.drops = self._log.last, len(self._log.pairs), dict(self._log.drops)
         stats.seconds = self._clock() - self._began
         if stats.busy_seconds:
             stats.pairs_per_second = self._made_pairs / stats.busy_seconds

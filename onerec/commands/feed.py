@@ -43,7 +43,7 @@ def _say(text: str) -> None:
     err.print(text, highlight=False, markup=False, soft_wrap=True)
 
 
-def _drive(
+def drive(
     job: Job, stop: list[int], tell: Callable[[dict[str, Any]], str], *, until_end: bool, json: bool
 ) -> dict[str, Any]:
     """Steps until a signal, or the end where it is asked for; returns the summary."""
@@ -110,14 +110,14 @@ def feed(
         left = f", not waiting for partitions {status['left_out']}" if status["left_out"] else ""
         return (
             f"{status['sessions']:,} sessions, {status['items']:,} items, complete to {when(status['watermark'])}; "
-            f"{_lag(status)}{left}"
+            f"{lag(status)}{left}"
         )
 
     try:
         with stopping() as stop, Feeder(
             settings.kafka, state, rank=rank, ranks=ranks, skip_forgotten=skip_forgotten, say=_say, stopped=lambda: bool(stop)
         ) as feeder:
-            summary = _drive(feeder, stop, tell, until_end=until_end, json=json)
+            summary = drive(feeder, stop, tell, until_end=until_end, json=json)
     except Stopped as reason:
         return _say(str(reason))
     if json:
@@ -158,11 +158,11 @@ def histories_replica(
     calm()
 
     def tell(status: dict[str, Any]) -> str:
-        return f"{status['users']:,} users, histories complete to {when(status['watermark'])}; {_lag(status)}"
+        return f"{status['users']:,} users, histories complete to {when(status['watermark'])}; {lag(status)}"
 
     try:
         with stopping() as stop, Replica(settings.kafka, state, say=_say, stopped=lambda: bool(stop)) as replica:
-            summary = _drive(replica, stop, tell, until_end=until_end, json=json)
+            summary = drive(replica, stop, tell, until_end=until_end, json=json)
     except Stopped as reason:
         return _say(str(reason))
     if json:
@@ -176,7 +176,8 @@ def histories_replica(
         out.print(f"{summary['run']['refused']:,} records left out", highlight=False)
 
 
-def _lag(status: dict[str, Any]) -> str:
+def lag(status: dict[str, Any]) -> str:
+    """How far behind a topic a copy is, and how old records are when they are stored."""
     age = "" if status["lag_ms"] is None else f", {status['lag_ms'] / 1000:.1f} s"
     delay = "" if status["delay_p95_ms"] is None else f"; records are stored {status['delay_p95_ms'] / 1000:.2f} s old (p95)"
     return f"{status['lag_records']:,} records behind{age}{delay}"

@@ -1,16 +1,19 @@
-"""`onerec sampler`: preference pairs beside the trainer, from its own sessions."""
+"""`onerec sampler`: preference pairs beside the trainer; `onerec pairs-replica`: those that went through Kafka, for it."""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Annotated
+from functools import partial
+from typing import TYPE_CHECKING, Annotated, Any
 
 import msgspec
 import typer
 
+from onerec.commands.feed import UntilEndOption, drive, lag
 from onerec.config import load_config
-from onerec.console import ConfigOption, JsonOption, RunOption, SetOption, StateOption, err, out, print_json
+from onerec.console import BootstrapOption, ConfigOption, JsonOption, RunOption, SetOption, StateOption, err, out, print_json
+from onerec.garbage import calm
 from onerec.signals import stopping
 
 if TYPE_CHECKING:
@@ -20,8 +23,13 @@ STATUS_SECONDS = 5.0
 
 
 def register(app: typer.Typer) -> None:
-    """Add the command to `app`."""
+    """Add both commands to `app`."""
     app.command()(sampler)
+    app.command("pairs-replica")(pairs_replica)
+
+
+def _say(text: str) -> None:
+    err.print(text, highlight=False, markup=False, soft_wrap=True)
 
 
 def sampler(
@@ -30,6 +38,10 @@ def sampler(
     follow: Annotated[bool, typer.Option("--follow", help="Go on as sessions and snapshots arrive, until stopped.")] = False,
     queue: Annotated[int, typer.Option(min=1, help="Pairs that may be unread, and sampled sessions that may wait.")] = 256,
     threads: Annotated[int, typer.Option(min=1, help="CPU cores for the search.")] = 1,
+    kafka: Annotated[
+        bool, typer.Option("--kafka", help="Sessions from Kafka and pairs into it, beside other samplers; follows.")
+    ] = False,
+    bootstrap: BootstrapOption = None,
     config: ConfigOption = None,
     settings: SetOption = None,
     json: JsonOption = False,
@@ -40,28 +52,67 @@ def sampler(
     sessions from the run's newest checkpoint; its reward model picks winner and loser. They go to RUN/pairs, where
     `onerec train` finds them. Stop it or kill it whenever you like; it goes on from the last pair.
 
-    Example: `onerec sampler --state state --run run --follow`
-    """
-    configuration = load_config(config, settings)
+    With --kafka or --bootstrap the sessions come from the topic `sessions` and the pairs go to `preference-pairs`;
+    `onerec pairs-replica` brings them to the trainer. --state is then the trainer's, for its catalogue.
 
+    Examples:
+
+        onerec sampler --state state --run run --follow
+
+        onerec sampler --state rank0 --run run --bootstrap 127.0.0.1:9092
+    """
+    configuration = load_config(config, settings, bootstrap)
+    kafka = kafka or bootstrap is not None
+
+    from trainer.kafka_sampler import sample_from_kafka
     from trainer.sampler import sample
 
     with stopping("stopping after this batch") as stop:
-        stats = sample(
+        make = sample_from_kafka if kafka else partial(sample, follow=follow)
+        stats = make(
             state,
             run,
             configuration,
             queue=queue,
-            follow=follow,
             threads=threads,
             stopped=lambda: bool(stop),
-            say=lambda text: err.print(text, highlight=False, markup=False, soft_wrap=True),
+            say=_say,
             progress=reporter(quiet=json),
         )
     if json:
         print_json(msgspec.to_builtins(stats))
     else:
         out.print(summary(stats), highlight=False, soft_wrap=True)
+
+
+def pairs_replica(
+    run: RunOption,
+    until_end: UntilEndOption = False,
+    bootstrap: BootstrapOption = None,
+    config: ConfigOption = None,
+    settings: SetOption = None,
+    json: JsonOption = False,
+) -> None:
+    """Copy a run's preference pairs from Kafka into RUN/pairs, where its trainer finds them.
+
+    Run one beside each trainer. Each session's pair comes once; stop it or kill it whenever you like.
+
+    Example: `onerec pairs-replica --run run --bootstrap 127.0.0.1:9092`
+    """
+    from trainer.kafka_sampler import PairCopy
+
+    configuration = load_config(config, settings, bootstrap)
+    calm()
+
+    def tell(status: dict[str, Any]) -> str:
+        return f"{status['records']:,} records, {status['pairs']:,} pairs; {lag(status)}"
+
+    with stopping() as stop, PairCopy(configuration.kafka, run, say=_say) as copy:
+        result = drive(copy, stop, tell, until_end=until_end, json=json)
+    if json:
+        print_json(result)
+    else:
+        out.print(f"{result['run']['records']:,} records in {result['seconds']:.1f} s; {tell(result)}", highlight=False)
 
 
 def reporter(*, quiet: bool) -> Callable[[Stats], None]:
