@@ -1,4 +1,4 @@
-"""The children of `onerec run --kafka`: a broker where none is named, and what carries events through it."""
+"""Children of `onerec run`: with --kafka a broker where none is named and what carries events through it; the sampler."""
 
 from __future__ import annotations
 
@@ -73,3 +73,29 @@ def kafka_jobs(
             command=command("produce", *inputs, "--end", *options, *there)),
     ]
     return jobs, replica
+
+
+def sampler_jobs(
+    command: Command,
+    *,
+    state: Path,
+    run_dir: Path,
+    bootstrap: str | None,
+    shared: Sequence[str],
+    trained: Callable[[], bool],
+) -> list[Job]:
+    """The preference sampler, on the state's session log or, with `bootstrap`, on Kafka's; begins once it is `trained()`."""
+    folders = ["--state", state, "--run", run_dir]
+    where = ["--bootstrap", bootstrap] if bootstrap else ["--follow"]
+    # Below all others: on a machine with few cores it is the trainer that must not wait. A pair that is late is dropped.
+    low = ("nice", "-n", "10")
+    jobs = [
+        Job(name="sampler", ready=trained, retry_user_errors=True,
+            command=(*low, *command("sampler", *folders, *where, *shared))),
+    ]
+    if bootstrap:
+        jobs.append(
+            Job(name="pairs-replica", ready=trained, retry_user_errors=True,
+                command=command("pairs-replica", "--run", run_dir, *where, *shared))
+        )
+    return jobs

@@ -26,7 +26,7 @@ from onerec.console import (
 )
 from onerec.console import print_json as print_json_line
 from onerec.errors import UserError
-from onerec.kafka_jobs import answers, kafka_jobs
+from onerec.kafka_jobs import answers, kafka_jobs, sampler_jobs
 
 if TYPE_CHECKING:
     from exporter.server import Ports
@@ -147,7 +147,8 @@ def run(
 
     Each part is a child process, a normal `onerec` command whose output is in RUN/logs. One that dies is restarted and
     that is said; at the end all are stopped, and the same command goes on from where they were. With --kafka the events go
-    through a real Kafka: produce, ingest, stream, feed for the trainer, histories-replica for Triton.
+    through a real Kafka: produce, ingest, stream, feed for the trainer, histories-replica for Triton. A sampler makes
+    preference pairs for the trainer unless preference.ratio is 0, at a low priority.
 
     Examples:
 
@@ -167,7 +168,8 @@ def run(
         raise UserError("run: --publish-every, --duration and --speed must be greater than 0")
     if bootstrap and not kafka:
         raise UserError("run: --bootstrap names a Kafka; give --kafka too, or leave it out")
-    cluster = load_config(config, settings, bootstrap).kafka
+    configuration = load_config(config, settings, bootstrap)
+    cluster = configuration.kafka
     if kafka and not bootstrap and answers(cluster.bootstrap):
         raise UserError(
             f"run --kafka: somebody listens at {cluster.bootstrap} already; give --bootstrap {cluster.bootstrap} to use that "
@@ -190,6 +192,7 @@ def run(
         replay_options=replay, shared=shared, preset=preset, ports=ports, address=address, publish_every=publish_every,
         done=lambda name: supervisor.done(name),
         kafka=(cluster, bootstrap is None, workers) if kafka else None,
+        pairs=configuration.preference.ratio > 0 and configuration.reward.train,
     )
     began = time.monotonic()
 
@@ -221,7 +224,8 @@ def run(
 
 def _jobs(*, files: list[Path], state: Path, run_dir: Path, repository: Path, items: Path | None, simulate: bool,
           replay_options: list[str], shared: list[str], preset: str, ports: Ports | None, address: str,
-          publish_every: float, done: Callable[[str], bool], kafka: tuple[KafkaConfig, bool, int] | None) -> list[Job]:
+          publish_every: float, done: Callable[[str], bool], kafka: tuple[KafkaConfig, bool, int] | None,
+          pairs: bool) -> list[Job]:
     """The children of `onerec run`, each with what it waits for."""
     from onerec.supervisor import Job
 
@@ -265,6 +269,9 @@ def _jobs(*, files: list[Path], state: Path, run_dir: Path, repository: Path, it
             command=command("train", "--state", state, "--run", run_dir, "--follow", "--preset", preset,
                             "--set", f"train.checkpoint_seconds={publish_every}", *shared)),
     ]
+    if pairs:
+        jobs += sampler_jobs(command, state=state, run_dir=run_dir, bootstrap=kafka[0].bootstrap if kafka else None,
+                             shared=shared, trained=_throttled((run_dir / "checkpoints").is_dir))
     if ports:
         jobs.append(Job(name="serve", ready=histories.is_dir, command=command(
             "serve", "--repository", repository, "--state", histories, "--http-port", str(ports.http),

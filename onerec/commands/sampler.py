@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import msgspec
 import typer
 
-from onerec.commands.feed import UntilEndOption, drive, lag
+from onerec.commands.feed import drive, lag
 from onerec.config import load_config
 from onerec.console import BootstrapOption, ConfigOption, JsonOption, RunOption, SetOption, StateOption, err, out, print_json
 from onerec.garbage import calm
@@ -87,7 +87,7 @@ def sampler(
 
 def pairs_replica(
     run: RunOption,
-    until_end: UntilEndOption = False,
+    until_end: Annotated[bool, typer.Option("--until-end", help="End once nothing is left to read.")] = False,
     bootstrap: BootstrapOption = None,
     config: ConfigOption = None,
     settings: SetOption = None,

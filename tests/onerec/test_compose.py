@@ -67,7 +67,7 @@ def test_each_way_in_and_each_triton_is_a_profile(services: dict[str, Any]) -> N
         return {name for name, service in services.items() if set(service.get("profiles", profiles)) & set(profiles)}
 
     always = {"prepare", "prometheus", "grafana"}
-    pipeline = {"ingest", "stream", "feed", "train", "publish", "histories-replica"}
+    pipeline = {"ingest", "stream", "feed", "train", "sampler", "pairs-replica", "publish", "histories-replica"}
     assert started("kafka", "cpu") == always | pipeline | {"kafka", "topics", "triton"}
     assert started("cluster", "gpu") == always | pipeline | {"kafka-1", "kafka-2", "kafka-3", "topics-cluster", "triton-gpu"}
     assert started("external", "cpu") == always | pipeline | {"topics", "triton"}
@@ -113,7 +113,8 @@ def test_every_onerec_command_line_is_one_that_onerec_takes(services: dict[str, 
     assert {
         ("topics", "topics"), ("ingest", "ingest"), ("stream", "stream"), ("feed", "feed"), ("feed", "sessions"),
         ("train", "train"), ("train", "sessions"), ("publish", "publish"), ("histories-replica", "histories-replica"),
-        ("produce", "produce"), ("simulate", "simulate"), ("embedded", "run"),
+        ("produce", "produce"), ("simulate", "simulate"), ("embedded", "run"), ("sampler", "sampler"),
+        ("pairs-replica", "pairs-replica"),
     } <= seen
 
 
