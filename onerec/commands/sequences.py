@@ -161,7 +161,6 @@ def _reporting(*, quiet: bool, total: int) -> Iterator[Any]:
 
 
 def _print_table(found: list[Score], source: str) -> None:
-    from rich.box import SIMPLE_HEAD
     from rich.table import Table
 
     from trainer.judge import mean_and_deviation
@@ -171,7 +170,8 @@ def _print_table(found: list[Score], source: str) -> None:
     table = Table(
         title=f"{source}: last item of {found[0].users:,} users, full ranking, {seeds} seed{'s' if seeds > 1 else ''}",
         title_justify="left",
-        box=SIMPLE_HEAD,
+        box=None,
+        pad_edge=False,
         padding=(0, 1, 0, 0),
     )
     names = ("hr@5", "hr@10", "ndcg@5", "ndcg@10")

@@ -22,7 +22,6 @@ class BERT4RecNetwork(nn.Module):
 
     def __init__(self, items: int, config: RankerConfig) -> None:
         super().__init__()
-        self.scale = config.width**0.5
         self.table = nn.Parameter(torch.empty(items + 1, config.width))  # the last row: the mask
         self.head = nn.Linear(config.width, config.width)
         self.head_norm = nn.LayerNorm(config.width)
@@ -34,7 +33,7 @@ class BERT4RecNetwork(nn.Module):
 
     def forward(self, rows: Tensor) -> Tensor:
         """Rows int64 [B, T] with `PADDING` at the left."""
-        return self.encoder(F.embedding(rows.clamp(min=0), self.table) * self.scale, rows != PADDING)
+        return self.encoder(F.embedding(rows.clamp(min=0), self.table), rows != PADDING)
 
     def scores(self, hidden: Tensor) -> Tensor:
         """[..., d] -> [..., N]."""
@@ -48,7 +47,7 @@ class BERT4Rec(TransformerRanker):
 
     def __init__(self, items: int, config: RankerConfig | None = None, *, device: str | None = None) -> None:
         config = config or RankerConfig()
-        super().__init__(items, config, BERT4RecNetwork(items, config), device)
+        super().__init__(items, config, lambda: BERT4RecNetwork(items, config), device)
 
     def _rows(self, sequences: list[list[int]]) -> Tensor:
         length = self.config.length

@@ -76,7 +76,7 @@ class FDSA(TransformerRanker):
         self, features: NDArray[np.integer], config: RankerConfig | None = None, *, device: str | None = None
     ) -> None:
         config = config or RankerConfig()
-        super().__init__(len(features), config, FDSANetwork(features, config), device)
+        super().__init__(len(features), config, lambda: FDSANetwork(features, config), device)
 
     def _rows(self, sequences: list[list[int]]) -> Tensor:
         return causal_rows(sequences, self.items, self.config.length)

@@ -145,11 +145,16 @@ class TransformerRanker(ABC):
     Same seed, sequences and number of threads: same weights, byte for byte (CPU).
     """
 
-    def __init__(self, items: int, config: RankerConfig, network: nn.Module, device: str | None) -> None:
+    def __init__(
+        self, items: int, config: RankerConfig, network: Callable[[], nn.Module], device: str | None
+    ) -> None:
         self.items, self.config = items, config
         self.device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-        reset(network, torch.Generator().manual_seed(config.seed))
-        self.network = network.to(self.device)
+        # The layers of torch draw their first weights from the process' generator, which is not ours to move.
+        with torch.random.fork_rng():
+            built = network()
+        reset(built, torch.Generator().manual_seed(config.seed))
+        self.network = built.to(self.device)
 
     @abstractmethod
     def _rows(self, sequences: list[list[int]]) -> Tensor:

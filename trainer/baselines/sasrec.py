@@ -53,7 +53,7 @@ class SASRec(TransformerRanker):
         device: str | None = None,
     ) -> None:
         config = config or RankerConfig()
-        super().__init__(items, config, SASRecNetwork(items, config), device)
+        super().__init__(items, config, lambda: SASRecNetwork(items, config), device)
         self.loss, self.negatives = loss, negatives
 
     def _rows(self, sequences: list[list[int]]) -> Tensor:
