@@ -72,7 +72,8 @@ class Meter:
     ) -> None:
         self._path, self._log, self._clock, self._cpu = path, log, clock, cpu
         before = read_stats(path)
-        self._cpu_before = before.cpu_seconds if before is not None else 0.0
+        # Without what it took to start, as the trainer counts its own.
+        self._cpu_before = (before.cpu_seconds if before is not None else 0.0) - cpu()
         self._stats = Stats()
         self._made_pairs = 0
         self._behind = [0, 0, 0]

@@ -292,18 +292,19 @@ def test_figures_tell_staleness_and_the_share_of_the_compute(tmp_path: Path) -> 
         meter = Meter(stats_path(tmp_path), log, clock=lambda: now[0], cpu=lambda: cpu[0])
         meter.moved(checkpoint(1, 0))
         with meter.busy():
-            now[0] += 4.0
+            now[0], cpu[0] = 4.0, 5.0
         meter.made(log.append([pair(1, 1), pair(2, 1), pair(3, 1)]), 384)
         meter.moved(checkpoint(2, 2, cpu_ms=40_000))
         meter.moved(checkpoint(5, 3, cpu_ms=50_000))
         stats = meter.stats()
         assert (stats.taken, stats.versions_behind_mean, stats.versions_behind_max) == (3, 1.0, 3)
         assert (stats.pairs_per_second, stats.sessions_per_second, stats.busy_seconds) == (0.75, 96.0, 4.0)
-        assert (stats.trainer_cpu_seconds, stats.compute_share) == (50.0, 0.04)
+        assert (stats.trainer_cpu_seconds, stats.compute_share) == (50.0, 0.06)
         meter.write()
-    cpu[0] = 3.0
     with PairLog(pairs_path(tmp_path)) as log:
-        again = Meter(stats_path(tmp_path), log, clock=lambda: now[0], cpu=lambda: cpu[0]).stats()
+        restarted = Meter(stats_path(tmp_path), log, clock=lambda: now[0], cpu=lambda: cpu[0])
+        cpu[0] += 2.0
+        again = restarted.stats()
         assert (again.pairs, again.made, again.cpu_seconds) == (3, 0, 5.0)
 
 
