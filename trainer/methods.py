@@ -156,7 +156,7 @@ def train_reward_model(task: Task) -> dict[str, Any]:
         sessions = judged_sessions(reader, catalogue, config)
     training = msgspec.structs.replace(task.settings.reward_training, seed=task.seed)
     model, fit = fit_reward_model(
-        sessions, catalogue.item_codes, config, training,
+        sessions, catalogue.item_codes, config, training, centroids=catalogue.centroids,
         progress=lambda epoch, loss: task.say(f"reward model: epoch {epoch}, held-out loss {loss:.4f}"),
     )
     save_file(model.state_dict(), task.folder / REWARD_FILE)

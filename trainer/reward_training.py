@@ -66,11 +66,13 @@ def fit_reward_model(
     config: RewardModelConfig,
     training: RewardTraining,
     *,
+    centroids: np.ndarray | None = None,
     progress: Callable[[int, float], None] = lambda epoch, loss: None,
 ) -> tuple[RewardModel, RewardFit]:
     """A reward model learnt from `sessions`, with the weights of its best epoch; `progress(epoch, held-out loss)`.
 
-    Same sessions, settings and threads: same weights. Raises UserError for fewer than ten sessions.
+    centroids fp32 [L, K, c]: the codebook's, where it has any: what the items' content is at the start. Same sessions,
+    settings and threads: same weights. Raises UserError for fewer than ten sessions.
     """
     held = [session for session in sessions if _is_held_out(session.session_id)]
     learnt = [session for session in sessions if not _is_held_out(session.session_id)]
@@ -79,6 +81,8 @@ def fit_reward_model(
     began = time.perf_counter()
     model = RewardModel(config)
     model.reset_parameters(torch.Generator().manual_seed(training.seed))
+    if centroids is not None:
+        model.start_from(centroids)
     optimizer = RewardOptimizer(model, learning_rate=training.learning_rate)
     model.start_at(torch.from_numpy(np.concatenate([session.labels for session in learnt])))
     constant = _loss(model, held, item_codes, training.batch_sessions)
