@@ -50,7 +50,9 @@ class TrainConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     `score_share`: share of the sessions that are scored before they are learnt, `score_beams` wide. `backlog_passes`:
     how often the sessions that ended before `backlog_until_ms` (None: all that the log holds at the start) are learnt
     before the trainer goes on with the rest, each once. `history_tokens` None: the preset's. `session_items`: items of a
-    generated session, None for the state's `session.target_items`; 1 is next-item training.
+    generated session, None for the state's `session.target_items`; 1 is next-item training. `micro_windows`: most windows
+    at once on a rank, 0 all of its share: bounds the memory of a step. `shard_optimizer`: each rank keeps only its slice of
+    Adam's moments. Both change rounding at most. `threads` are per rank.
     """
 
     preset: str = "tiny"
@@ -68,6 +70,8 @@ class TrainConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     score_share: Annotated[float, Meta(ge=0, le=1)] = 0.1
     backlog_passes: Positive = 1
     backlog_until_ms: Count | None = None
+    micro_windows: Count = 0
+    shard_optimizer: bool = False
     threads: Positive = 2
     seed: Count = 0
 

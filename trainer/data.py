@@ -14,10 +14,10 @@ import numpy as np
 
 from onerec.errors import UserError
 from streaming.events import FOLLOW, KIND_NAMES, LIKE
-from streaming.sessions import Session
+from streaming.sessions import Session, SessionItem
 from streaming.windows import windows
 from trainer.checkpoint import Cursor
-from trainer.journal import Entry, Journal
+from trainer.journal import Entry
 
 POLL_SECONDS = 0.05
 ROW_WINDOWS = 4
@@ -35,6 +35,19 @@ class SessionLog(Protocol):
 
     def watermark(self) -> int | None:
         """Watermark of the stream, ms."""
+
+
+class BatchJournal(Protocol):
+    """What a batch reader needs of `trainer.journal.Journal`."""
+
+    def entry(self, step: int) -> Entry | None:
+        """What is written of batch `step`."""
+
+    def covers(self, step: int) -> bool:
+        """Whether batch `step` was closed in an earlier life."""
+
+    def append(self, entry: Entry) -> None:
+        """Keep an entry for good."""
 
 
 class Items(Protocol):
@@ -68,7 +81,8 @@ class Judged(NamedTuple):
     """A session, good or not, as the reward model learns it: m known items a window, the last window shorter.
 
     The history is H(start) for every window, as it is when a session is generated; `windows` is int32 [W, m], -1 behind
-    the last item; `labels` fp32 [W, 4] are those of SEMANTICS.md §6 over the window's own items: swt, vtr, wtr, ltr.
+    the last item; `labels` fp32 [W, 4] are those of SEMANTICS.md §6 over the window's own items: swt, vtr, wtr, ltr;
+    `item_labels` fp32 [W, m, 4] those of each item, as if it were a window and the cap the m-th part.
     """
 
     session_id: str
@@ -76,6 +90,7 @@ class Judged(NamedTuple):
     history: np.ndarray  # int32 [h]
     windows: np.ndarray
     labels: np.ndarray
+    item_labels: np.ndarray
     fresh: bool
 
 
@@ -138,18 +153,23 @@ def judge_session(
     groups = [items[place : place + m] for place in range(0, len(items), m)]
     windows = np.full((len(groups), m), -1, np.int32)
     labels = np.zeros((len(groups), 4), np.float32)
-    follow, like = KIND_NAMES[FOLLOW], KIND_NAMES[LIKE]
+    item_labels = np.zeros((len(groups), m, 4), np.float32)
     for place, group in enumerate(groups):
         windows[place, : len(group)] = [row for row, _ in group]
-        watched = [item for _, item in group]
-        labels[place] = (
-            min(1.0, sum(item.watch_ms for item in watched) / swt_cap_ms),
-            sum(item.effective for item in watched) / len(watched),
-            any(follow in item.interactions for item in watched),
-            any(like in item.interactions for item in watched),
-        )
+        labels[place] = _labels([item for _, item in group], swt_cap_ms)
+        item_labels[place, : len(group)] = [_labels([item], swt_cap_ms / m) for _, item in group]
     history = known_rows(session.history, index, known)[-n:]
-    return Judged(session.session_id, session.start, history, windows, labels, fresh)
+    return Judged(session.session_id, session.start, history, windows, labels, item_labels, fresh)
+
+
+def _labels(items: Sequence[SessionItem], swt_cap_ms: float) -> tuple[float, float, bool, bool]:
+    """swt, vtr, wtr, ltr of some watched items (SEMANTICS.md §6)."""
+    return (
+        min(1.0, sum(item.watch_ms for item in items) / swt_cap_ms),
+        sum(item.effective for item in items) / len(items),
+        any(KIND_NAMES[FOLLOW] in item.interactions for item in items),
+        any(KIND_NAMES[LIKE] in item.interactions for item in items),
+    )
 
 
 class RewardArrays(NamedTuple):
@@ -160,30 +180,34 @@ class RewardArrays(NamedTuple):
     sessions: np.ndarray  # int64 [B, W, m, L]
     session_mask: np.ndarray  # bool [B, W, m]
     labels: np.ndarray  # fp32 [B, W, 4]
+    item_labels: np.ndarray  # fp32 [B, W, m, 4]
 
 
 def reward_arrays(judged: Sequence[Judged], item_codes: np.ndarray) -> RewardArrays:
     """Codes, masks and labels of `judged`; windows keep their order, row by row."""
     levels, m = item_codes.shape[1], judged[0].windows.shape[1]
     rows = [
-        (session.history, session.windows[place : place + ROW_WINDOWS], session.labels[place : place + ROW_WINDOWS])
+        (session, slice(place, place + ROW_WINDOWS))
         for session in judged
         for place in range(0, len(session.windows), ROW_WINDOWS)
     ]
-    longest = max(1, max(len(history) for history, _, _ in rows))
-    width = max(len(cut) for _, cut, _ in rows)
+    longest = max(1, max(len(session.history) for session, _ in rows))
+    width = max(len(session.windows[part]) for session, part in rows)
     history_codes = np.zeros((len(rows), longest, levels), np.int64)
     history_mask = np.zeros((len(rows), longest), bool)
     items = np.full((len(rows), width, m), -1, np.int32)
     labels = np.zeros((len(rows), width, 4), np.float32)
-    for row, (history, cut, of_cut) in enumerate(rows):
-        history_codes[row, : len(history)] = item_codes[history]
-        history_mask[row, : len(history)] = True
-        items[row, : len(cut)] = cut
-        labels[row, : len(cut)] = of_cut
+    item_labels = np.zeros((len(rows), width, m, 4), np.float32)
+    for row, (session, part) in enumerate(rows):
+        history_codes[row, : len(session.history)] = item_codes[session.history]
+        history_mask[row, : len(session.history)] = True
+        count = len(session.windows[part])
+        items[row, :count] = session.windows[part]
+        labels[row, :count] = session.labels[part]
+        item_labels[row, :count] = session.item_labels[part]
     mask = items >= 0
     sessions = np.where(mask[..., None], item_codes[items.clip(min=0)], 0).astype(np.int64)
-    return RewardArrays(history_codes, history_mask, sessions, mask, labels)
+    return RewardArrays(history_codes, history_mask, sessions, mask, labels, item_labels)
 
 
 def to_arrays(examples: list[Example], item_codes: np.ndarray, *, m: int) -> Arrays:
@@ -215,7 +239,7 @@ class BatchReader:
     def __init__(
         self,
         log: SessionLog,
-        journal: Journal,
+        journal: BatchJournal,
         refresh_items: Callable[[], Items],
         *,
         cursor: Cursor,

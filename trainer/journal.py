@@ -49,6 +49,7 @@ class Journal:
         self.path = path
         self._entries: dict[int, Entry] = {}
         self._file = -1
+        self.last_at_start = 0
         try:
             content = path.read_bytes() if path.exists() else b""
             whole = content.rfind(b"\n") + 1
@@ -58,11 +59,16 @@ class Journal:
                 except msgspec.DecodeError as error:
                     raise UserError(f"{path} line {number} is damaged ({error}); start a new --run") from None
                 self._entries[entry.step] = _together(self._entries.get(entry.step), entry)
+            self.last_at_start = max(self._entries, default=0)
             self._file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
             # A line cut by a kill was never acted upon.
             os.ftruncate(self._file, whole)
         except OSError as error:
             raise Failure(f"{path} cannot be opened: {error.strerror}; mend permissions or disk") from error
+
+    def replays(self, step: int) -> bool:
+        """Whether step `step` may have been taken in an earlier life: then the journal alone says what it took."""
+        return step <= self.last_at_start
 
     def entry(self, step: int) -> Entry | None:
         """What is written of batch `step`."""

@@ -34,16 +34,17 @@ from trainer.checkpoint import (
     save_checkpoint,
 )
 from trainer.config import RewardModelConfig, TrainConfig
-from trainer.data import Batch, BatchReader, Example, Judged, reward_arrays, to_arrays
-from trainer.evaluate import Line, ModelScorer, PreferenceLine, is_scored, mean_loss, score_baselines
+from trainer.data import Batch, BatchReader, Judged, reward_arrays
+from trainer.evaluate import Line, PreferenceLine, mean_loss, score_baselines
 from trainer.items import Catalogue, build_catalogue, load_catalogue, refresh_catalogue
 from trainer.journal import Entry, Journal
-from trainer.model import Batch as ModelBatch
+from trainer.learner import Learner
 from trainer.model import OneRec
-from trainer.optim import Optimizer, resolve_precision
+from trainer.optim import resolve_precision
 from trainer.pairs import Drop, Pair, PairReader, pairs_path
-from trainer.preference_batch import to_batch
+from trainer.parallel import Leader, optimizer_of
 from trainer.presets import preset
+from trainer.ranks import Ranks
 from trainer.reward import RewardBatch, RewardModel, RewardOptimizer
 from trainer.reward_log import PREDICTION, REWARDS_FILE
 from trainer.runs import Run, locked, read_run, settled, write_run
@@ -91,6 +92,7 @@ def train(
     stopped: Callable[[], bool] = lambda: False,
     say: Callable[[str], None] = lambda text: None,
     progress: Callable[[Progress], None] = lambda progress: None,
+    ranks: Ranks | None = None,
 ) -> Result:
     """Learn the log's high-quality sessions from where the run stands; with `follow` until `stopped()`.
 
@@ -99,20 +101,22 @@ def train(
     the process was killed between (CPU). Preference pairs are taken from RUN/pairs as a sampler writes them; the trainer
     never waits for one. Raises UserError, Failure as the parts do.
     """
+    ranks = ranks or Ranks(device="cuda" if torch.cuda.is_available() else "cpu")
+    leader = Leader(ranks)
     with locked(run_dir), Reader(state_dir) as reader:
         run = read_run(run_dir)
         if run is None:
             preset(config.train.preset)
             preference.check(config.preference)
-            if not _wait_for_sessions(reader, follow, stopped, say):
+            if not _wait_for_sessions(reader, follow, stopped, say, leader):
                 raise UserError(_no_sessions(reader, state_dir))
-            run = _begin(state_dir, run_dir, reader, config, say)
+            run = _begin(state_dir, run_dir, reader, config, say, ranks.device)
         run = settled(run, run_dir, state_dir, config, explicit)
-        return _Trainer(state_dir, run_dir, run, reader, say).run(follow, stopped, progress)
+        return _Trainer(state_dir, run_dir, run, reader, say, ranks, leader).run(follow, stopped, progress)
 
 
 def _begin(
-    state_dir: Path, run_dir: Path, reader: Reader, config: Config, say: Callable[[str], None]
+    state_dir: Path, run_dir: Path, reader: Reader, config: Config, say: Callable[[str], None], device: str
 ) -> Run:
     """Settle what a new run is made of, building the catalogue where there is none."""
     settings, semantics = config.train, reader.semantics()
@@ -136,7 +140,7 @@ def _begin(
         codebook_version=catalogue.version,
         model=model,
         config=settings,
-        precision=resolve_precision(settings.precision, _device()),
+        precision=resolve_precision(settings.precision, device),
         reward=config.reward,
         reward_model=RewardModelConfig(levels=model.levels, codes=model.codes, session_items=model.session_items)
         if config.reward.train
@@ -146,10 +150,6 @@ def _begin(
     )
     write_run(run_dir, run)
     return run
-
-
-def _device() -> str:
-    return "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def _backlog(reader: Reader, settings: TrainConfig) -> int:
@@ -171,7 +171,7 @@ def _backlog(reader: Reader, settings: TrainConfig) -> int:
 
 
 def _wait_for_sessions(
-    reader: Reader, follow: bool, stopped: Callable[[], bool], say: Callable[[str], None]
+    reader: Reader, follow: bool, stopped: Callable[[], bool], say: Callable[[str], None], leader: Leader
 ) -> bool:
     """Whether the log holds a high-quality session; with `follow` waits for one."""
     waiting = False
@@ -181,6 +181,7 @@ def _wait_for_sessions(
         if not waiting:
             say("waiting for the first high-quality session")
         waiting = True
+        leader.wait()
         time.sleep(WAIT_SECONDS)
         reader.refresh()
     return True
@@ -210,12 +211,13 @@ class _Trainer:
     """One process' share of a run: restored from the newest sound checkpoint, then driven batch by batch."""
 
     def __init__(
-        self, state_dir: Path, run_dir: Path, run: Run, reader: Reader, say: Callable[[str], None]
+        self, state_dir: Path, run_dir: Path, run: Run, reader: Reader, say: Callable[[str], None], ranks: Ranks,
+        leader: Leader,
     ) -> None:
         self._state_dir, self._run_dir, self._reader, self._say = state_dir, run_dir, reader, say
         self._run, self._settings = run, run.config
         settings = run.config
-        self._device = _device()
+        self._device, self._leader = ranks.device, leader
         torch.set_num_threads(settings.threads)
         torch.manual_seed(settings.seed)
         self._catalogue = self._load_catalogue()
@@ -223,16 +225,16 @@ class _Trainer:
         self._model = OneRec(run.model).to(self._device)
         if self._checkpoint is not None:
             self._model.load_state_dict(load_weights(self._checkpoint))
-        self._optimizer = Optimizer(
-            self._model,
-            learning_rate=settings.learning_rate,
-            clip_norm=settings.clip_norm,
-            precision="bf16" if run.precision == "bf16" else "fp32",
-        )
+        leader.begin(run, self._checkpoint)
+        self._optimizer = optimizer_of(run, self._model, ranks)
+        self._learner = Learner(run, ranks, self._model, self._optimizer)
         self._baseline = CoVisitation()
         self._reward = RewardModel(run.reward_model).to(self._device) if run.reward_model else None
-        if self._reward is not None and self._checkpoint is not None:
-            self._reward.load_state_dict(load_reward_weights(self._checkpoint))
+        if self._reward is not None:
+            if self._checkpoint is not None:
+                self._reward.load_state_dict(load_reward_weights(self._checkpoint))
+            elif self._catalogue.centroids is not None:
+                self._reward.start_from(self._catalogue.centroids)
         self._reward_optimizer = RewardOptimizer(self._reward, run.reward.learning_rate) if self._reward else None
         if self._checkpoint is not None:
             self._restore(self._checkpoint)
@@ -243,10 +245,9 @@ class _Trainer:
         self._pairs_taken = self._checkpoint.pairs if self._checkpoint else 0
         self._pairs = PairReader(pairs_path(run_dir))
         self._journal = Journal(run_dir / "journal.jsonl")
-        self._scorer: ModelScorer | None = None
-        self._scorer_known = -1
         self._recent: list[Line] = []
         self._saved_at = time.monotonic()
+        self._spent_ms = self._counters["cpu_ms"] - int(1000 * time.process_time())
 
     def run(
         self, follow: bool, stopped: Callable[[], bool], progress: Callable[[Progress], None]
@@ -264,6 +265,7 @@ class _Trainer:
             if step > saved and time.monotonic() - self._saved_at >= settings.checkpoint_seconds:
                 self._save(step, cursor, *place)
                 saved, since = step, 0
+            self._leader.wait()
             time.sleep(seconds)
 
         batches = BatchReader(
@@ -312,6 +314,7 @@ class _Trainer:
         seconds = time.monotonic() - began
         if step > saved:
             self._save(step, cursor, batches.watermark(), place[1])
+        self._leader.end()
         os.close(self._metrics)
         os.close(self._rewards)
         self._journal.close()
@@ -334,16 +337,15 @@ class _Trainer:
 
     def _learn(self, step: int, batch: Batch, known: int) -> Line:
         """Score the batch with the weights as they are, then take one step on it, and write its line."""
-        scored = [
-            example
-            for example in batch.examples
-            if example.scored and is_scored(example.session_id, self._settings.score_share)
-        ]
-        scores = self._score(scored, known)
-        arrays = to_arrays(batch.examples, self._catalogue.item_codes, m=self._run.model.session_items)
-        tensors = ModelBatch(*(torch.from_numpy(array).to(self._device) for array in arrays))
         pairs = self._take_pairs(step)
-        stats = self._optimizer.step(self._objective(tensors, pairs))
+        self._leader.learn(step, batch, self._journal.entry(step), pairs)
+        learned = self._learner.learn(batch.examples, pairs, self._catalogue.item_codes, known)
+        stats, scores = learned.stats, {}
+        if learned.scored:
+            baselines = score_baselines(
+                learned.scored, self._baseline.popularity, self._baseline, m=self._run.model.session_items
+            )
+            scores = {"onerec": learned.scores, **baselines}
         for example in batch.examples:
             if example.fresh:
                 self._baseline.observe(example.history.tolist(), example.targets.tolist())
@@ -356,12 +358,12 @@ class _Trainer:
             ts=max(example.ts for example in batch.examples),
             sessions=len({example.session_id for example in batch.examples}),
             windows=len(batch.examples),
-            codes=int(arrays.target_mask.sum()) * self._run.model.levels,
+            codes=int(stats["tokens"]),
             loss=_finite(stats["ntp"]),
             gradient=_finite(stats["grad_norm"]),
             applied=not stats["skipped"],
             expert_load=(round(float(load.min()), 4), round(float(load.max()), 4)),
-            scored=len(scored),
+            scored=len(learned.scored),
             scores=scores,
             preference=self._preference_line(pairs, stats["preference"]) if pairs else None,
             reward_loss=self._judge(step, batch.judged),
@@ -369,20 +371,6 @@ class _Trainer:
         self._recent.append(line)
         self._append(line)
         return line
-
-    def _objective(self, batch: ModelBatch, pairs: list[Pair]) -> Callable[[OneRec], tuple[torch.Tensor, dict[str, Any]]]:
-        """NTP, and with pairs L = L_NTP + λ L_DPO (Algorithm 2, line 13), each the mean over what it is of."""
-        settings = self._run.preference
-        if not pairs:
-            return lambda model: model.loss(batch)
-        chosen = to_batch(pairs, self._device)
-
-        def both(model: OneRec) -> tuple[torch.Tensor, dict[str, Any]]:
-            ntp, stats = model.loss(batch)
-            aligned, of_pairs = preference.loss(model, chosen, settings)
-            return ntp + settings.weight * aligned, {**stats, "preference": of_pairs | {"loss": aligned.detach()}}
-
-        return both
 
     def _take_pairs(self, step: int) -> list[Pair]:
         """The preference pairs that this step learns; in the journal before it does.
@@ -392,7 +380,7 @@ class _Trainer:
         """
         settings, taken = self._run.preference, self._pairs_taken
         entry = self._journal.entry(step)
-        if self._journal.covers(step):
+        if self._journal.replays(step):
             if entry is None or not entry.taken:
                 return []
             records = self._pairs.read(taken, entry.taken - taken)
@@ -463,26 +451,15 @@ class _Trainer:
         self._counters["judged_windows"] += len(rows)
         return _finite(stats["loss"])
 
-    def _score(self, examples: list[Example], known: int) -> dict[str, dict[str, float]]:
-        if not examples:
-            return {}
-        if self._scorer is None or self._scorer_known != known:
-            self._scorer = ModelScorer(
-                self._model, self._catalogue.item_codes[:known], beams=self._settings.score_beams, device=self._device
-            )
-            self._scorer_known = known
-        baselines = score_baselines(
-            examples, self._baseline.popularity, self._baseline, m=self._run.model.session_items
-        )
-        return {"onerec": self._scorer.score(examples), **baselines}
-
     def _save(self, step: int, cursor: Cursor, watermark: int | None, known: int) -> None:
         """Write a checkpoint of the place after batch `step`, with the watermark and the items known then.
 
         The metrics so far are on the disk before it.
         """
+        self._leader.save()
         os.fsync(self._metrics)
         os.fsync(self._rewards)
+        self._counters["cpu_ms"] = self._spent_ms + int(1000 * time.process_time())
         state: dict[str, Any] = {
             "optimizer": self._optimizer.state_dict(),
             "reward": self._reward_optimizer.state_dict() if self._reward_optimizer else {},

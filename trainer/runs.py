@@ -19,11 +19,13 @@ FORMAT = 2
 OPERATIONAL = frozenset(
     {
         *(f"train.{name}" for name in ("checkpoint_sessions", "checkpoint_seconds", "keep_checkpoints", "idle_seconds")),
+        *(f"train.{name}" for name in ("micro_windows", "shard_optimizer")),
         *(f"reward.{name}" for name in ("swt", "vtr", "wtr", "ltr")),
         *(f"preference.{name}" for name in ("ratio", "responses", "min_margin", "max_age", "pairs_per_step", "seed_sessions")),
     }
 )
-"""Settings that may change between two starts of a run: given log, journal and pairs, they decide no weight."""
+"""Settings that may change between two starts of a run: given log, journal and pairs, they decide no weight beyond the
+rounding of sums."""
 
 
 class Run(msgspec.Struct, frozen=True, kw_only=True):

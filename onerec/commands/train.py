@@ -65,20 +65,28 @@ def train(
     from trainer.evaluate import means, read_metrics
     from trainer.loop import METRICS_FILE
     from trainer.loop import train as learn
+    from trainer.parallel import follow as follow_leader
+    from trainer.ranks import Ranks
 
-    with stopping("stopping after this batch; a checkpoint is written") as stop, _reporting(quiet=json) as report:
-        result = learn(
-            state,
-            run,
-            configuration,
-            follow=follow,
-            explicit=[
-                f"{section}.{key}" for section, keys in explicit_settings(config, asked).items() for key in keys
-            ],
-            stopped=lambda: bool(stop),
-            say=lambda text: err.print(text, highlight=False),
-            progress=report,
-        )
+    said = "stopping after this batch; a checkpoint is written"
+    with Ranks.from_environment() as ranks, stopping(said if ranks.leads else None) as stop:
+        if not ranks.leads:
+            follow_leader(state, run, ranks)
+            return
+        with _reporting(quiet=json) as report:
+            result = learn(
+                state,
+                run,
+                configuration,
+                follow=follow,
+                explicit=[
+                    f"{section}.{key}" for section, keys in explicit_settings(config, asked).items() for key in keys
+                ],
+                stopped=lambda: bool(stop),
+                say=lambda text: err.print(text, highlight=False),
+                progress=report,
+                ranks=ranks,
+            )
     lines = read_metrics(run / METRICS_FILE)
     if plot is not None:
         from trainer.curves import draw
