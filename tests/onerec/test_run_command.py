@@ -156,6 +156,7 @@ def test_run_learns_serves_mends_itself_and_leaves_nothing_running(tmp_path: Pat
     try:
         [trainer] = said.wait_for(r"train started \(pid (\d+)\)", 120)
         said.wait_for(r"\(version \d+ answers\)", 400)
+        said.wait_for(r"sampler started", 60)
         subprocess.run(["kill", "-9", trainer], check=True)
         if kafka:
             carriers = re.findall(r"(?:ingest|stream-1|feed) started \(pid (\d+)\)", said.text)

@@ -360,7 +360,7 @@ def test_trainer_and_sampler_killed_side_by_side_use_no_pair_twice_and_a_replay_
     try:
         deadline = time.monotonic() + 180
         for victim in ("sampler", "train", None):
-            wanted += 4
+            wanted = _learnt_pairs(run) + 4
             while _learnt_pairs(run) < wanted and time.monotonic() < deadline:
                 for name, process in processes.items():
                     assert process.poll() is None, (name, process.communicate()[1].decode())
