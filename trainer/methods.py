@@ -42,17 +42,19 @@ class RankerSettings(msgspec.Struct, frozen=True, kw_only=True):
 class Alignment(msgspec.Struct, frozen=True, kw_only=True):
     """What follows the seed model, in every preference method alike: the newest `share` of the windows, `passes` times.
 
-    `ratio`: r_DPO; `snapshots`: how many M_t a pass of IPA has. The step sizes are `learning_rate` and `weight` (λ).
+    `ratio`: r_DPO; `snapshots`: how many M_t a pass of IPA has; `weight`: λ; `beta`: of the losses that are DPO's form with
+    its sum of log-ratios; the others have their own constants; `rejected`: losers of S-DPO.
     """
 
-    share: float = 0.25
+    share: float = 1.0
     passes: int = 1
     snapshots: int = 4
     ratio: float = 0.1
     weight: float = 1.0
+    beta: float = 0.5
     rejected: int = 3
     min_margin: float = 1e-3
-    learning_rate: float = 2e-4
+    learning_rate: float = 3e-4
 
 
 class Reinforcement(msgspec.Struct, frozen=True, kw_only=True):
@@ -122,7 +124,7 @@ class Trained(NamedTuple):
 
 
 class Method(NamedTuple):
-    """A row of the table; `needs`: what must be there before ("onerec", "reward")."""
+    """A row of the table; `needs`: methods that must have been trained before."""
 
     name: str
     group: str
@@ -178,18 +180,16 @@ def load_reward_model(folder: Path) -> RewardModel:
 
 
 def item_sequences(examples: Sequence[Example]) -> list[list[int]]:
-    """One sequence a user in time order, from the windows in log order: the newest history, then the targets after it.
-
-    Of the items before a user's first window nothing is told apart by time, so they stand as H(t) gives them.
-    """
+    """One sequence a user in time order, from the windows in log order: H(t) of the first window, then all targets."""
     found: dict[str, list[int]] = {}
     for example in sorted(examples, key=lambda example: example.ts):
-        user = example.session_id.split(":", 1)[0]
-        if user not in found:
-            found[user] = example.history.tolist()
-        recent = set(found[user][-len(example.targets) :])
-        # The last window of a session is completed backwards: its first items stand there already.
-        found[user] += [row for row in example.targets.tolist() if row not in recent]
+        user, targets = example.session_id.split(":", 1)[0], example.targets.tolist()
+        sequence = found.setdefault(user, example.history.tolist())
+        if not example.scored:
+            # The last window of a session is completed backwards: its first items stand there already.
+            overlap = next((k for k in range(len(targets), 0, -1) if sequence[-k:] == targets[:k]), 0)
+            targets = targets[overlap:]
+        sequence += targets
     return list(found.values())
 
 
@@ -325,6 +325,7 @@ def _aligned(
         loss=loss,
         weight=settings.weight if weight is None else weight,
         rejected=settings.rejected if loss == "s-dpo" else 1,
+        beta=settings.beta if loss in OF_DPO_FORM else None,
         min_margin=settings.min_margin,
     )
     done = align(
@@ -372,7 +373,8 @@ LISTWISE, PREFERENCE, REINFORCED = "Listwise generative", "Listwise, preference 
 LOSS_NAMES: dict[PreferenceLossName, str] = {
     "dpo": "DPO", "ipo": "IPO", "cdpo": "cDPO", "rdpo": "rDPO", "cpo": "CPO", "simpo": "SimPO", "s-dpo": "S-DPO",
 }
-AFTER_SEED = ("onerec", "reward")
+OF_DPO_FORM = frozenset({"dpo", "cdpo", "rdpo", "s-dpo"})
+AFTER_SEED = ("onerec",)
 
 
 def _methods() -> dict[str, Method]:

@@ -42,6 +42,7 @@ from trainer.reward_training import RewardTraining
 from trainer.table_data import (
     Data,
     item_facts,
+    kuairand_files,
     open_catalogue,
     prepare_kuairand,
     prepare_world,
@@ -65,8 +66,8 @@ class Comparison(msgspec.Struct, frozen=True, kw_only=True):
 
 
 QUICK = Comparison(
-    world=WorldConfig(users=1_000, items=2_000, days=7),
-    config=Config(catalogue=CatalogueConfig(codes=64)),
+    world=WorldConfig(users=800, items=1_500, days=6),
+    config=Config(history=HistoryConfig(length=64), catalogue=CatalogueConfig(levels=2, codes=128)),
 )
 """What `onerec table --quick` runs: `tiny`, W = N = 32."""
 
@@ -79,13 +80,13 @@ FULL = msgspec.structs.replace(
 
 TRIAL = Comparison(
     world=WorldConfig(users=60, items=150, days=3),
-    config=Config(catalogue=CatalogueConfig(codes=16)),
+    config=Config(catalogue=CatalogueConfig(levels=2, codes=16)),
     settings=Settings(
         width=8, cases=12, passes=1, tiger_passes=1, preset="tiny",
         ranker=RankerSettings(epochs=1, length=20),
         reward_model=RewardModelConfig(dimension=16, heads=2, hidden=16, buckets=64, history_length=16),
         reward_training=RewardTraining(epochs=1),
-        alignment=Alignment(share=0.3, snapshots=2, ratio=0.3),
+        alignment=Alignment(share=0.3, snapshots=2, ratio=0.3, min_margin=0.0),
         reinforcement=Reinforcement(steps=2, users=4, group=4, updates=1),
     ),
 )
@@ -93,7 +94,11 @@ TRIAL = Comparison(
 
 
 def kuairand_comparison(log: Path, *, quick: bool) -> Comparison:
-    """The KuaiRand log, its last day for testing; sessions by a gap of 12 h with the thresholds of SEMANTICS.md §6."""
+    """The KuaiRand log, its last day for testing; sessions by a gap of 12 h with the thresholds of SEMANTICS.md §6.
+
+    Raises UserError where the folder holds no such log.
+    """
+    kuairand_files(log)
     session = SessionConfig(gap_ms=43_200_000, min_watched=3, min_total_watch_ms=30_000, min_interactions=0)
     return Comparison(
         world=None,
@@ -101,7 +106,7 @@ def kuairand_comparison(log: Path, *, quick: bool) -> Comparison:
         settings=msgspec.structs.replace(
             (QUICK if quick else FULL).settings, passes=2, tiger_passes=2, batch_windows=16
         ),
-        config=Config(session=session, history=HistoryConfig(), catalogue=CatalogueConfig(levels=2, codes=1024)),
+        config=Config(session=session, catalogue=CatalogueConfig(levels=2, codes=1024)),
     )
 
 
@@ -162,7 +167,7 @@ def run_table(
 
 
 class _Job(NamedTuple):
-    """A method, or what methods need: `data` (needs nothing), `reward` and `onerec-model` (of the data)."""
+    """A method, or what every method needs: `data`, then `reward-model`."""
 
     method: str
     seed: int
@@ -172,7 +177,7 @@ class _Job(NamedTuple):
             return []
         if self.method == "reward-model":
             return ["data"]
-        return ["data", "reward-model", *(name for name in METHODS[self.method].needs if name in METHODS)]
+        return ["data", "reward-model", *METHODS[self.method].needs]
 
 
 def _jobs(folder: Path, missing: list[tuple[str, int]]) -> list[_Job]:
@@ -180,7 +185,7 @@ def _jobs(folder: Path, missing: list[tuple[str, int]]) -> list[_Job]:
     found: list[_Job] = []
     for seed in dict.fromkeys(seed for _, seed in missing):
         mine = [name for name, of in missing if of == seed]
-        needed = {need for name in mine for need in METHODS[name].needs if need in METHODS}
+        needed = {need for name in mine for need in METHODS[name].needs}
         if needed and not (_seed_folder(folder, seed) / NOTES_FILE).exists():
             mine = list(dict.fromkeys([*sorted(needed), *mine]))
         # What others wait for goes first.

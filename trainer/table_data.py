@@ -74,10 +74,8 @@ def prepare_kuairand(
     folder: Path, log: Path, config: Config, *, say: Callable[[str], None] = lambda text: None
 ) -> Data:
     """The KuaiRand log of a folder, its last day (Beijing time) for testing; raises UserError where there is none."""
-    logs, histories = sorted(log.glob("events_*.csv.gz")), sorted(log.glob("history_before_*.jsonl.gz"))
-    if len(logs) != 1 or not (log / "videos.csv.gz").exists():
-        raise UserError(f"--data {log}: expected one events_*.csv.gz and videos.csv.gz of the KuaiRand log there")
-    with gzip.open(logs[0], "rt", encoding="utf-8", newline="") as source:
+    histories, events, videos = kuairand_files(log)
+    with gzip.open(events, "rt", encoding="utf-8", newline="") as source:
         newest = max(int(row["time_ms"]) for row in csv.DictReader(source))
     cut = (newest + KUAIRAND_DAY_OFFSET_MS) // DAY_MS * DAY_MS - KUAIRAND_DAY_OFFSET_MS
     data = Data(cut_ms=cut, world=None, kuairand=str(log.resolve()))
@@ -85,16 +83,22 @@ def prepare_kuairand(
         return data
     early = folder / "early.csv"
     with (
-        gzip.open(logs[0], "rt", encoding="utf-8", newline="") as source,
+        gzip.open(events, "rt", encoding="utf-8", newline="") as source,
         open(early, "w", encoding="utf-8", newline="") as target,
     ):
         reader = csv.DictReader(source)
         writer = csv.DictWriter(target, reader.fieldnames or [])
         writer.writeheader()
         writer.writerows(row for row in reader if int(row["time_ms"]) < cut)
-    return _replay(
-        folder, data, [*histories, early], [*histories, logs[0]], log / "videos.csv.gz", "kuairand", config, say
-    )
+    return _replay(folder, data, [*histories, early], [*histories, events], videos, "kuairand", config, say)
+
+
+def kuairand_files(log: Path) -> tuple[list[Path], Path, Path]:
+    """Histories, events and videos of a KuaiRand log; raises UserError where the folder does not have them."""
+    events, videos = sorted(log.glob("events_*.csv.gz")), log / "videos.csv.gz"
+    if len(events) != 1 or not videos.exists():
+        raise UserError(f"--data {log}: expected one events_*.csv.gz and videos.csv.gz of the KuaiRand log there")
+    return sorted(log.glob("history_before_*.jsonl.gz")), events[0], videos
 
 
 def _is_done(folder: Path, data: Data) -> bool:

@@ -102,9 +102,12 @@ def table(
                 out.print()
                 out.print(shown, width=None if out.is_terminal else WIDTH + 50 * (seeds > 1), crop=False, soft_wrap=False)
     if report.failures:
-        told = "; ".join(f"{method}, seed {of}: {reason}" for method, of, reason in report.failures)
+        # What failed for want of another says nothing that the other does not say.
+        told = [f"{method}, seed {of}: {reason}" for method, of, reason in report.failures if not reason.startswith("needs ")]
+        others = len(report.failures) - len(told)
+        more = f"; and {others} that need what failed" if others else ""
         again = "the same command tries them again" if folder is not None else "with --out the others' lines are kept"
-        raise Failure(f"{len(report.failures)} did not end: {told}; {again}")
+        raise Failure(f"{'; '.join(told)}{more}; {again}")
 
 
 def _short(line: Line) -> str:
