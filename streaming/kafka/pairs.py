@@ -6,14 +6,13 @@ it are one transaction, so that a member may die anywhere: whoever gets its part
 
 from __future__ import annotations
 
-import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from typing import Any, Final, NamedTuple
 
 import msgspec
-from confluent_kafka import OFFSET_BEGINNING, Consumer, KafkaException, Producer, TopicPartition
+from confluent_kafka import Consumer, KafkaException, Producer, TopicPartition
 
 from onerec.closing import Closing
 from onerec.errors import Failure
@@ -79,7 +78,7 @@ class SampleStream(Closing):
         self._say, self._stopped = say, stopped
         self._sessions, self._pairs = config.named("sessions"), config.named(TOPIC)
         self._waiting: dict[int, deque[Sampled]] = {}
-        self._scanned: dict[int, int] = {}
+        self._scanned: dict[int, int | None] = {}
         self._paused = False
         self.refused = 0
         self._producer = Producer(
@@ -105,25 +104,13 @@ class SampleStream(Closing):
         return sorted(self._scanned)
 
     def _assigned(self, consumer: Any, places: list[TopicPartition]) -> None:
-        """Goes to where the group stands; a transaction of the one before that is still open is waited for."""
-        deadline = time.monotonic() + self._config.transaction_timeout_ms / 1000 + 30
-        while True:
-            try:
-                committed = consumer.committed(places, timeout=CALL_SECONDS)
-                break
-            except KafkaException as error:
-                if self._stopped() or time.monotonic() > deadline:
-                    raise self._failure(f"offsets of group sampler-{self._run}", error) from None
-        found = [
-            TopicPartition(place.topic, place.partition, place.offset if place.offset >= 0 else OFFSET_BEGINNING)
-            for place in committed
-        ]
-        for place in found:
+        """Goes to where the group stands, which the client asks the broker for by itself."""
+        for place in places:
             self._waiting[place.partition] = deque()
-            self._scanned[place.partition] = max(0, place.offset)
-        consumer.incremental_assign(found)
+            self._scanned[place.partition] = None
+        consumer.incremental_assign([TopicPartition(self._sessions, place.partition) for place in places])
         if self._paused:
-            consumer.pause(found)
+            consumer.pause(places)
 
     def _revoked(self, consumer: Any, places: list[TopicPartition]) -> None:
         """Forgets what is not written: whoever gets the partition reads it again."""
@@ -164,13 +151,14 @@ class SampleStream(Closing):
 
     def _note(self, message: Any, error: Any) -> None:
         if error.code() == codes.FORGOTTEN:
+            # The group has no place there yet, or one that Kafka does not have any more.
             partition = message.partition()
             low = self._bounds(self._sessions, partition).low
-            self._say(
-                f"topic {self._sessions}, partition {partition}: offsets {self._scanned.get(partition)} to {low - 1} are no "
-                "longer in Kafka; their sessions give no pairs"
-            )
-            self._scanned[partition] = low
+            if low:
+                self._say(
+                    f"topic {self._sessions}, partition {partition}: begun at offset {low}; what was before is no longer in "
+                    "Kafka, its sessions give no pairs"
+                )
             self._consumer.incremental_unassign([TopicPartition(self._sessions, partition)])
             self._consumer.incremental_assign([TopicPartition(self._sessions, partition, low)])
         elif error.fatal() or error.code() in codes.NO_TOPIC:
@@ -231,7 +219,7 @@ class SampleStream(Closing):
                 self._sessions, partition,
                 next((s.offset for s in self._waiting[partition] if (partition, s.offset) not in taken), scanned),
             )
-            for partition, scanned in self._scanned.items()
+            for partition, scanned in self._scanned.items() if scanned is not None
         ]
 
     def _patiently(self, call: Callable[[], Any]) -> None:
