@@ -63,8 +63,18 @@ class Progress(msgspec.Struct, frozen=True, kw_only=True):
     watermark: int | None
 
 
+class PairCounts(msgspec.Struct, frozen=True, kw_only=True):
+    """Records of the pair log that a run took: learnt, dropped by the sampler, and passed over by the trainer and why."""
+
+    learnt: int
+    dropped: int
+    stale: int
+    early: int
+    other_codebook: int
+
+
 class Result(msgspec.Struct, frozen=True, kw_only=True):
-    """What a call of `train` ended with; `sessions` and `steps` of the whole run, `seconds` of this call."""
+    """What a call of `train` ended with; `sessions`, `steps` and counts of the whole run, `seconds` of this call."""
 
     steps: int
     sessions: int
@@ -72,6 +82,8 @@ class Result(msgspec.Struct, frozen=True, kw_only=True):
     skipped_steps: int
     unknown_history: int
     unknown_targets: int
+    judged_windows: int
+    pairs: PairCounts
     watermark: int | None
     loss: float | None
     codebook_version: str
@@ -325,6 +337,8 @@ class _Trainer:
             skipped_steps=self._optimizer.skipped,
             unknown_history=self._counters["unknown_history"],
             unknown_targets=self._counters["unknown_targets"],
+            judged_windows=self._counters["judged_windows"],
+            pairs=PairCounts(**{name: self._counters[f"pairs_{name}"] for name in PairCounts.__struct_fields__}),
             watermark=self._checkpoint.watermark if self._checkpoint else None,
             loss=mean_loss(self._recent) if self._recent else self._checkpoint.score if self._checkpoint else None,
             codebook_version=self._run.codebook_version,

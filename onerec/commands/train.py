@@ -159,6 +159,19 @@ def _print_summary(result: Result, scored: int, scores: dict[str, dict[str, floa
             "items",
             highlight=False,
         )
+    if result.judged_windows:
+        out.print(
+            f"reward model: {result.judged_windows:,} windows of all sessions predicted, then learnt (onerec reward shows how "
+            "well)",
+            highlight=False,
+        )
+    pairs = result.pairs
+    if any(msgspec.to_builtins(pairs).values()):
+        out.print(
+            f"preference pairs: {pairs.learnt:,} learnt; passed over: {pairs.dropped:,} dropped by the sampler, "
+            f"{pairs.stale:,} too old, {pairs.early:,} before the seed model, {pairs.other_codebook:,} of another codebook",
+            highlight=False,
+        )
     if scores:
         table = Table(title=f"Before learning them: means over {scored:,} windows", title_justify="left")
         table.add_column("")

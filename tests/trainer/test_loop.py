@@ -89,10 +89,11 @@ def settings(*more: str) -> Config:
 
 
 def fingerprint(run: Path) -> tuple[int, str, str]:
-    """Step, weights and metrics of a run's end."""
+    """Step, weights of both models with their optimisers, and what was measured, at a run's end."""
     checkpoint = latest_checkpoint(run)
-    digest = hashlib.sha256((run / "metrics.jsonl").read_bytes()).hexdigest()
-    return checkpoint.step, checkpoint.files["model.safetensors"] + checkpoint.files["optimizer.safetensors"], digest
+    digest = hashlib.sha256((run / "metrics.jsonl").read_bytes() + (run / "rewards.bin").read_bytes()).hexdigest()
+    assert checkpoint.files.keys() == {"model.safetensors", "optimizer.safetensors", "reward.safetensors"}
+    return checkpoint.step, "".join(checkpoint.files[name] for name in sorted(checkpoint.files)), digest
 
 
 @pytest.fixture(scope="module")
