@@ -32,7 +32,7 @@ from exporter.repository import Repository
 from exporter.server import TritonServer
 from exporter.triton_config import RecommendConfig
 from onerec.config import Config
-from serving_config.recommend.engine import Engine
+from serving_config.recommend.engine import Engine, Wanted
 from streaming.items import ItemRecord
 from streaming.semantics import Semantics
 from streaming.store import Reader, Store
@@ -117,8 +117,7 @@ def requests(client: Client, engine: Engine, rounds: int) -> dict[str, float]:
     ]
 
     def bare(history: list[str]) -> None:
-        beams = engine.search([engine.history(history).codes])
-        engine.sessions(beams.leaves[0], beams.scores[0], 1)
+        engine.answer([Wanted(history=engine.history(history).codes)])
 
     for history in histories[:3]:
         client.recommend(history=history)

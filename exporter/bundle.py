@@ -4,7 +4,8 @@ Layout of a version folder, which is also what Triton's Python backend loads:
 
     model.py            entry of the Python backend        lib/         the modules it needs, copied
     graph/              ONNX graph and its weights         catalogue.npz  trie, item ids, codes: one snapshot
-    tags.json           tags by catalogue row              manifest.json  this, with sha256 and size of every file
+    reward/             the reward model likewise, if any  tags.json      tags by catalogue row
+    manifest.json       this, with sha256 and size of every file
 
 No torch in here: the serving host imports this module too.
 """
@@ -26,13 +27,16 @@ from numpy.typing import NDArray
 from exporter.trie import Trie, build_trie
 from onerec.errors import Failure, UserError
 from onerec.files import sha256_of, sync_path
-from trainer.config import ModelConfig
+from trainer.config import ModelConfig, RewardConfig, RewardModelConfig
 
-FORMAT = 1
+FORMAT = 2
+READABLE = (1, 2)
+"""A version is served by its own copy of the modules, so one of format 1, which knows no reward model, serves on."""
 MANIFEST_FILE = "manifest.json"
 CATALOGUE_FILE = "catalogue.npz"
 TAGS_FILE = "tags.json"
 GRAPH_FOLDER = "graph"
+REWARD_FOLDER = "reward"
 LIBRARY_FOLDER = "lib"
 ENTRY_FILE = "model.py"
 
@@ -75,9 +79,26 @@ class Parity(msgspec.Struct, frozen=True, kw_only=True):
     score_difference: float
 
 
+class RewardParity(msgspec.Struct, frozen=True, kw_only=True):
+    """The reward graph against torch: sessions scored for each of `histories`, largest difference of a reward."""
+
+    histories: int
+    sessions: int
+    difference: float
+
+
+class RewardPart(msgspec.Struct, frozen=True, kw_only=True):
+    """The reward model of a bundle: its architecture, how its towers become one reward, and its check against torch."""
+
+    config: RewardModelConfig
+    weights: RewardConfig
+    parity: RewardParity
+
+
 class Manifest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """What a bundle says of itself. `watermark` is event time in ms learnt up to, None before the first session;
-    `items` and `leaves` count the catalogue and its distinct tuples; `created_ms` is wall-clock time.
+    `items` and `leaves` count the catalogue and its distinct tuples; `created_ms` is wall-clock time; `reward` is None
+    in a version without a reward model.
     """
 
     version: int
@@ -92,6 +113,7 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     created_ms: int
     parity: Parity
     files: dict[str, FileEntry]
+    reward: RewardPart | None = None
     format: int = FORMAT
 
 
@@ -293,9 +315,8 @@ def read_manifest(folder: Path) -> Manifest:
     """The manifest of a bundle, its own digest checked; raises UserError naming folder and fault."""
     try:
         record = msgspec.json.decode((folder / MANIFEST_FILE).read_bytes(), type=dict[str, object])
-        if record.get("format") != FORMAT:
-            found = record.get("format")
-            raise UserError(f"bundle {folder}: format {found}, this version reads {FORMAT}; publish again")
+        if (found := record.get("format")) not in READABLE:
+            raise UserError(f"bundle {folder}: format {found}, this version reads {READABLE}; publish again")
         digest = record.pop("sha256", None)
         if digest != _record_digest(record):
             raise UserError(f"bundle {folder}: {MANIFEST_FILE} is damaged; publish again")
@@ -323,6 +344,18 @@ def verify_bundle(folder: Path) -> Manifest:
         if name not in manifest.files:
             raise UserError(f"bundle {folder}: no {name}; publish again")
     return manifest
+
+
+def check_reward(reward: RewardModelConfig, model: ModelConfig) -> None:
+    """Refuse a reward model that reads other codes or sessions than the generator writes."""
+    read = (reward.levels, reward.codes, reward.session_items)
+    written = (model.levels, model.codes, model.session_items)
+    if read != written:
+        raise UserError(
+            "mixed versions: the reward model reads {} levels of {} codes and sessions of {}, ".format(*read)
+            + "the generator writes {} levels of {} codes and sessions of {}; ".format(*written)
+            + "train a run that holds both"
+        )
 
 
 def check_codebooks(weights: str, catalogue: str) -> None:

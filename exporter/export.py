@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,19 +14,23 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 import numpy as np
 import orjson
+from numpy.typing import NDArray
 
 from exporter import bundle
-from exporter.bundle import GRAPH_FOLDER, Manifest, Snapshot
+from exporter.bundle import GRAPH_FOLDER, REWARD_FOLDER, Manifest, RewardPart, Snapshot
 from exporter.steps import Report, silent, timed
 from onerec.errors import UserError
-from trainer.config import BeamConfig
+from trainer.config import BeamConfig, RewardConfig
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from exporter.tracing import GraphPlan
     from serving_config.recommend.engine import Beams
     from trainer.checkpoint import Checkpoint
     from trainer.items import Catalogue
     from trainer.model import OneRec
+    from trainer.reward import RewardModel
 
 
 class Export(msgspec.Struct, frozen=True, kw_only=True):
@@ -37,13 +41,18 @@ class Export(msgspec.Struct, frozen=True, kw_only=True):
     checkpoint: Path | None = None
     width: int = BeamConfig().width
     threads: int = 2
+    reward: RewardConfig = RewardConfig()
 
 
 class Expected(msgspec.Struct, frozen=True, kw_only=True):
-    """A request with the answer that the new version must give."""
+    """A request with the answers that the new version may give: the two best sessions, where two may be as good.
+
+    `by_reward`: the same where the reward model chooses; empty in a version without one.
+    """
 
     history: list[str]
     sessions: list[list[str]]
+    by_reward: list[list[str]] = []
 
 
 def state_of_run(run_dir: Path) -> Path:
@@ -69,27 +78,33 @@ def build_bundle(
 ) -> tuple[Manifest, Expected]:
     """Fill `folder` with a sealed bundle whose graph was checked against torch; also a request to try it with."""
     from exporter.onnx_graph import search_plan
-    from exporter.optimise import CPU_TEMPLATE
     from exporter.parity import compare, parity_rows, torch_beams
-    from exporter.weights import write_weights
-    from serving_config.recommend.engine import CPU_GRAPH_FILE, Graph
+    from exporter.reward_graph import reward_plan, served_weights
+    from serving_config.recommend.engine import Graph
 
     with timed(report, "checkpoint"):
-        checkpoint, model = _load(export)
+        checkpoint, model, reward_model = _load(export)
+        if reward_model is not None:
+            bundle.check_reward(reward_model.config, checkpoint.model_config)
     with timed(report, "catalogue"):
         catalogue = _catalogue(export, checkpoint)
         snapshot = bundle.write_catalogue(folder, catalogue, checkpoint.model_config.codes)
         bundle.copy_runtime(folder)
-    template = find_template(search_plan(checkpoint.model_config, export.width), templates, report=report)
-    with timed(report, "weights"):
-        write_weights(model.state_dict(), template, folder / GRAPH_FOLDER)
-        bundle.link(template / CPU_TEMPLATE, folder / GRAPH_FOLDER / CPU_GRAPH_FILE)
+    plan = search_plan(checkpoint.model_config, export.width)
+    _write_graph(plan, model.state_dict(), folder / GRAPH_FOLDER, templates, report)
+    if reward_model is not None:
+        plan = reward_plan(reward_model.config)
+        _write_graph(plan, served_weights(reward_model), folder / REWARD_FOLDER, templates, report, name="reward ")
     with timed(report, "parity"), ThreadPoolExecutor(1) as pool:
         rows = parity_rows(snapshot, checkpoint.model_config)
         histories = [snapshot.item_codes[row].astype(np.int64) for row in rows]
         reference = pool.submit(torch_beams, model, snapshot, histories, export.width)
         served = Graph(folder / GRAPH_FOLDER, snapshot.trie, threads=export.threads).search(histories)
         parity = compare(reference.result(), served)
+        expected = _expected(snapshot, rows[-1], served)
+        reward = None
+        if reward_model is not None:
+            reward, expected = _check_rewards(reward_model, folder, export, snapshot, histories[-1], served, expected)
     with timed(report, "seal"):
         manifest = Manifest(
             version=version,
@@ -104,9 +119,48 @@ def build_bundle(
             created_ms=int(now() * 1000),
             parity=parity,
             files=bundle.digest_files(folder),
+            reward=reward,
         )
         bundle.write_manifest(folder, manifest)
-    return manifest, _expected(snapshot, rows[-1], served)
+    return manifest, expected
+
+
+def _write_graph(
+    plan: GraphPlan, weights: Mapping[str, Tensor], folder: Path, templates: Path, report: Report, *, name: str = ""
+) -> None:
+    """The graph of a plan, its form for the CPU and these weights, in `folder`; `name` stands before its steps'."""
+    from exporter.optimise import CPU_TEMPLATE
+    from exporter.weights import write_weights
+    from serving_config.recommend.graphs import CPU_GRAPH_FILE
+
+    template = find_template(plan, templates, report=report, name=name)
+    with timed(report, f"{name}weights"):
+        write_weights(weights, template, folder)
+        bundle.link(template / CPU_TEMPLATE, folder / CPU_GRAPH_FILE)
+
+
+def _check_rewards(
+    model: RewardModel,
+    folder: Path,
+    export: Export,
+    snapshot: Snapshot,
+    history: NDArray[np.int64],
+    served: Beams,
+    expected: Expected,
+) -> tuple[RewardPart, Expected]:
+    """The reward graph against torch on all beams of a history, and again for the empty one; what `reward` must choose."""
+    from exporter.parity import compare_rewards, torch_rewards
+    from serving_config.recommend.rewards import RewardGraph, best_by_reward
+
+    leaves = served.leaves[-1]
+    leaves = leaves[leaves[:, 0] >= 0]
+    histories = [history, history[:0]]
+    sessions = np.stack([snapshot.trie.tuples[leaves]] * len(histories)).astype(np.int64)
+    rewards = RewardGraph(folder / REWARD_FOLDER, model.config, threads=export.threads).rewards(histories, sessions)
+    parity = compare_rewards(torch_rewards(model, histories, sessions), rewards)
+    best = leaves[best_by_reward(rewards[0], export.reward, 2)]
+    part = RewardPart(config=model.config, weights=export.reward, parity=parity)
+    return part, msgspec.structs.replace(expected, by_reward=_item_ids(snapshot, best))
 
 
 def export_bundle(out_dir: Path, export: Export, *, report: Report = silent) -> dict[str, Any]:
@@ -125,7 +179,7 @@ def export_plain_model(out_dir: Path, export: Export, *, report: Report = silent
 
     with _new_folder(out_dir) as folder:
         with timed(report, "checkpoint"):
-            checkpoint, model = _load(export)
+            checkpoint, model, _ = _load(export)
         with timed(report, "catalogue"):
             catalogue = _catalogue(export, checkpoint)
             trie = build_trie(catalogue.item_codes, checkpoint.model_config.codes)
@@ -162,32 +216,32 @@ def _new_folder(out_dir: Path) -> Iterator[Path]:
         shutil.rmtree(staging, ignore_errors=True)
 
 
-def find_template(plan: GraphPlan, templates: Path, *, report: Report = silent) -> Path:
+def find_template(plan: GraphPlan, templates: Path, *, report: Report = silent, name: str = "") -> Path:
     """The template of a plan and its form for the CPU; traced where it is not there."""
     from exporter.optimise import CPU_TEMPLATE, ensure_cpu_graph
     from exporter.weights import ensure_template, template_key
 
     folder = templates / template_key(plan)
     if not (folder / CPU_TEMPLATE).exists():
-        with timed(report, "template"):
+        with timed(report, f"{name}template"):
             ensure_cpu_graph(ensure_template(plan, templates))
             bundle.sync_tree(folder)
     return folder
 
 
-def _load(export: Export) -> tuple[Checkpoint, OneRec]:
-    """The checkpoint and its model; a checkpoint pruned by the trainer meanwhile is replaced by the newest one."""
-    from trainer.checkpoint import latest_checkpoint, load_checkpoint, load_model
+def _load(export: Export) -> tuple[Checkpoint, OneRec, RewardModel | None]:
+    """The checkpoint and its models; a checkpoint pruned by the trainer meanwhile is replaced by the newest one."""
+    from trainer.checkpoint import latest_checkpoint, load_checkpoint, load_model, load_reward_model
 
     if export.checkpoint is not None:
         checkpoint = load_checkpoint(export.checkpoint)
-        return checkpoint, load_model(checkpoint)
+        return checkpoint, load_model(checkpoint), load_reward_model(checkpoint)
     checkpoint = latest_checkpoint(export.run_dir)
     try:
-        return checkpoint, load_model(checkpoint)
+        return checkpoint, load_model(checkpoint), load_reward_model(checkpoint)
     except OSError:
         checkpoint = latest_checkpoint(export.run_dir)
-        return checkpoint, load_model(checkpoint)
+        return checkpoint, load_model(checkpoint), load_reward_model(checkpoint)
 
 
 def _catalogue(export: Export, checkpoint: Checkpoint) -> Catalogue:
@@ -217,5 +271,10 @@ def _expected(snapshot: Snapshot, history: list[int], served: Beams) -> Expected
         )
     return Expected(
         history=[snapshot.item_ids[row] for row in history],
-        sessions=[[snapshot.item_ids[row] for row in rows] for rows in snapshot.trie.session_rows(best).tolist()],
+        sessions=_item_ids(snapshot, best),
     )
+
+
+def _item_ids(snapshot: Snapshot, leaves: NDArray[np.int64]) -> list[list[str]]:
+    """Item ids of sessions of leaves [n, m]."""
+    return [[snapshot.item_ids[row] for row in rows] for rows in snapshot.trie.session_rows(leaves).tolist()]

@@ -11,11 +11,12 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
+import numpy as np
 import onnx
 import onnxruntime as ort
 from onnx import TensorProto, external_data_helper, numpy_helper
 
-from exporter.tracing import WEIGHTS_FILE, WeightPlace
+from exporter.tracing import PAGE, WEIGHTS_FILE, WeightPlace
 from exporter.weights import GRAPH_FILE, TEMPLATE_GRAPH, Template, load_template
 from onerec.errors import Failure
 
@@ -27,8 +28,8 @@ CONSTANTS_FILE = "constants.bin"
 def ensure_cpu_graph(template_dir: Path) -> Path:
     """The optimised graph of a template, made where it is not there yet; whole or not at all.
 
-    It refers to the same `model.weights`, by the same names and offsets. Raises Failure where ONNX Runtime changed a
-    weight's shape, so that the layout no longer fits.
+    It refers to the same `model.weights`, by the same names and offsets. Raises Failure where ONNX Runtime dropped a
+    weight or changed its shape, so that the layout no longer fits.
     """
     target = template_dir / CPU_TEMPLATE
     if target.exists():
@@ -37,9 +38,11 @@ def ensure_cpu_graph(template_dir: Path) -> Path:
     with tempfile.TemporaryDirectory(prefix=SCRATCH_PREFIX, dir=template_dir) as scratch:
         folder = Path(scratch)
         os.link(template_dir / TEMPLATE_GRAPH, folder / GRAPH_FILE)
-        _write_any_weights(template, folder / WEIGHTS_FILE)
+        _write_example_weights(template, folder / WEIGHTS_FILE)
         optimised = _optimise(folder)
         places = {place.name: place for place in template.weights}
+        if dropped := places.keys() - {tensor.name for tensor in _initializers(optimised.graph)}:
+            raise Failure(f"ONNX Runtime {ort.__version__} dropped the weights {sorted(dropped)} while optimising; report this")
         for tensor in _initializers(optimised.graph):
             _settle(tensor, places, folder)
         fresh = folder / CPU_TEMPLATE
@@ -48,10 +51,17 @@ def ensure_cpu_graph(template_dir: Path) -> Path:
     return target
 
 
-def _write_any_weights(template: Template, path: Path) -> None:
-    """Weights of the right size; their values do not matter, as nothing is folded."""
+def _write_example_weights(template: Template, path: Path) -> None:
+    """Weights of the right size, no two alike: ONNX Runtime merges equal ones and drops a bias that is 0.
+
+    A page of each is enough to tell them apart; the rest of the file stays a hole.
+    """
+    rng = np.random.default_rng(0)
     with path.open("wb") as file:
         file.truncate(template.weight_bytes)
+        for place in template.weights:
+            file.seek(place.offset)
+            file.write(rng.uniform(1, 2, min(place.bytes, PAGE) // 4).astype("<f4").tobytes())
 
 
 def _optimise(folder: Path) -> onnx.ModelProto:

@@ -7,19 +7,24 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
-from exporter.bundle import Parity, Snapshot
+from exporter.bundle import Parity, RewardParity, Snapshot
 from onerec.errors import Failure
-from serving_config.recommend.engine import Beams, pad
+from serving_config.recommend.engine import Beams
+from serving_config.recommend.graphs import pad
 from trainer.config import ModelConfig
 
 if TYPE_CHECKING:
     from trainer.model import OneRec
+    from trainer.reward import RewardModel
 
 PARITY_LENGTHS = (20,)
 """Lengths of the histories that a publish compares. A publish changes weights and catalogue, not the graph: that it equals
 torch at every length, the empty history too, is for the tests of the template. Each length costs `small` 0.7 s."""
 SCORE_TOLERANCE = 1e-3
 """Largest difference between the scores of torch and of the graph, in nats over a session's ~15 codes."""
+
+REWARD_TOLERANCE = 1e-4
+"""Largest difference between a reward, which lies between 0 and 1, of torch and of the graph."""
 
 
 def parity_rows(snapshot: Snapshot, config: ModelConfig) -> list[list[int]]:
@@ -73,3 +78,26 @@ def compare(reference: Beams, served: Beams) -> Parity:
             raise Failure(f"parity: session {place + 1} of history {row} differs between torch and the graph")
         sessions += int(live.sum())
     return Parity(histories=len(reference.leaves), sessions=sessions, score_difference=largest)
+
+
+def torch_rewards(
+    model: RewardModel, histories: list[NDArray[np.int64]], sessions: NDArray[np.int64]
+) -> NDArray[np.float32]:
+    """What `RewardGraph.rewards` gives, in torch, the reference."""
+    import torch
+
+    codes, mask = pad([history[-model.config.history_length :] for history in histories], model.config.levels)
+    full = torch.ones(sessions.shape[:3], dtype=torch.bool)
+    with torch.no_grad():
+        found = model.rewards(torch.from_numpy(codes), torch.from_numpy(mask), torch.from_numpy(sessions), full)
+    return found.numpy()
+
+
+def compare_rewards(reference: NDArray[np.float32], served: NDArray[np.float32]) -> RewardParity:
+    """Check that the graph gives torch's rewards [B, W, 4] within REWARD_TOLERANCE; raises Failure where not."""
+    difference = np.abs(reference - served)
+    if not (difference <= REWARD_TOLERANCE).all():  # not `>`: NaN must not pass
+        raise Failure(f"parity: rewards differ by {difference.max():.2g} between torch and the graph")
+    return RewardParity(
+        histories=len(reference), sessions=reference.shape[1], difference=float(difference.max(initial=0.0))
+    )

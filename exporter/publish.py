@@ -16,7 +16,8 @@ from exporter.repository import Repository
 from exporter.steps import Report, silent, timed
 from exporter.triton_config import SERVED_VERSIONS, RecommendConfig
 from onerec.errors import Failure, OneRecError, UserError
-from trainer.config import BeamConfig
+from trainer.config import BeamConfig, RewardConfig
+from trainer.reward_weights import tower_weights
 
 LOCK_SECONDS = 60.0
 """How long a starting server waits for a publisher at work."""
@@ -33,6 +34,7 @@ def publish(
     state: Path | None = None,
     checkpoint: Path | None = None,
     width: int = BeamConfig().width,
+    reward: RewardConfig | None = None,
     config: RecommendConfig | None = None,
     now: Callable[[], float] = time.time,
     report: Report = silent,
@@ -46,6 +48,7 @@ def publish(
         state: folder of the stream's state; None = the one that the run was trained on.
         checkpoint: folder of a checkpoint.
         width: beams of the search, of which a request may ask for as many sessions.
+        reward: how the reward model's towers become the one reward that `select=reward` goes by.
         config: how Triton batches; its `state` is filled in where empty.
         now: wall clock in seconds.
         report: called with the name and the seconds of each step.
@@ -54,7 +57,9 @@ def publish(
     failed after it was complete lies in REPOSITORY/.onerec/rejected with the reason.
     """
     state = state or state_of_run(run_dir)
-    export = Export(run_dir=run_dir, state=state, checkpoint=checkpoint, width=width)
+    reward = reward or RewardConfig()
+    tower_weights(reward)  # refuses weights that are all 0 before anything is built
+    export = Export(run_dir=run_dir, state=state, checkpoint=checkpoint, width=width, reward=reward)
     config = config or RecommendConfig()
     config = msgspec.structs.replace(config, state=config.state or str(state.resolve()))
     templates = Repository(repository).templates
@@ -215,11 +220,17 @@ def _load_and_ask(
 
 
 def _ask(client: Client, version: int, expected: Expected) -> None:
-    answer = client.recommend(history=expected.history, count=len(expected.sessions))
-    if answer.model_version != version:
-        raise Failure(
-            f"Triton at {client.url} answers with version {answer.model_version}, not {version}: "
-            "does it serve this repository?"
-        )
-    if answer.items[0] not in expected.sessions:
-        raise Failure(f"Triton at {client.url} answers {answer.items[0]} where the bundle gives {expected.sessions[0]}")
+    asked = [("likelihood", expected.sessions), *([("reward", expected.by_reward)] if expected.by_reward else [])]
+    for select, sessions in asked:
+        answer = client.recommend(history=expected.history, count=len(sessions), select=select)
+        if answer.model_version != version:
+            raise Failure(
+                f"Triton at {client.url} answers with version {answer.model_version}, not {version}: "
+                "does it serve this repository?"
+            )
+        if answer.items[0] not in sessions:
+            raise Failure(
+                f"Triton at {client.url} answers {answer.items[0]} by {select} where the bundle gives {sessions[0]}"
+            )
+        if expected.by_reward and answer.rewards is None:
+            raise Failure(f"Triton at {client.url} gives no rewards, though the bundle holds a reward model")

@@ -49,18 +49,23 @@ def reward_plan(config: RewardModelConfig) -> GraphPlan:
     )
 
 
+def served_weights(model: RewardModel) -> dict[str, Tensor]:
+    """What the graph reads of `RewardModel.state_dict()`: all but the towers of single items, which only help to train."""
+    return {name: value for name, value in model.state_dict().items() if not name.startswith("item_towers.")}
+
+
 def reward_layout(config: RewardModelConfig) -> list[WeightPlace]:
-    """The weights file of a reward model: parameters in the order of `RewardModel.state_dict()`."""
+    """The weights file of a reward model: `served_weights` in their order."""
     with torch.device("meta"):
-        parameters = RewardModel(config).state_dict()
-    return place_weights(parameters)
+        model = RewardModel(config)
+    return place_weights(served_weights(model))
 
 
 def build_reward_graph(config: RewardModelConfig) -> onnx.ModelProto:
     """`RewardModel.rewards` of any number of users B, history items T and sessions W; its weights lie in a file.
 
     Inputs: history int64 [B, T, L], history_mask bool [B, T], sessions int64 [B, W, m, L], session_mask bool [B, W, m].
-    Output: rewards fp32 [B, W, 4]. Initializers have the names of `RewardModel.state_dict()`.
+    Output: rewards fp32 [B, W, 4]. Initializers have the names of `served_weights`.
     """
     levels, items = config.levels, config.session_items
     with FakeTensorMode():

@@ -65,7 +65,7 @@ class _Seconds(dict[str, float]):
     def __call__(self, step: str, seconds: float) -> None:
         self[step] = seconds
         if not self._quiet:
-            err.print(f"  {step:<12}{seconds:7.2f} s", highlight=False)
+            err.print(f"  {step:<16}{seconds:7.2f} s", highlight=False)
 
 
 def publish(
@@ -102,6 +102,7 @@ def publish(
         state=state,
         checkpoint=checkpoint,
         width=configuration.beam.width,
+        reward=configuration.reward,
         config=RecommendConfig(
             site_packages=sysconfig.get_path("purelib"),
             threads=serve.threads,
@@ -140,8 +141,9 @@ def export(
     """
     from exporter.export import Export, export_bundle, export_plain_model
 
+    configuration = load_config(config, settings)
     chosen = Export(
-        run_dir=run, state=state, checkpoint=checkpoint, width=load_config(config, settings).beam.width
+        run_dir=run, state=state, checkpoint=checkpoint, width=configuration.beam.width, reward=configuration.reward
     )
     seconds = _Seconds(quiet=json)
     manifest = (export_plain_model if plain else export_bundle)(to, chosen, report=seconds)

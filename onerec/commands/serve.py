@@ -142,6 +142,9 @@ def recommend(
                      show_default=False),
     ] = None,
     count: Annotated[int, typer.Option(help="Sessions wanted, best first.")] = 1,
+    select: Annotated[
+        str, typer.Option("--select", help="What chooses among the beams: likelihood, or reward (the reward model).")
+    ] = "likelihood",
     server: Annotated[str, typer.Option(help="Triton's gRPC address.")] = "127.0.0.1:8001",
     repository: Annotated[
         Path | None,
@@ -156,7 +159,10 @@ def recommend(
 ) -> None:
     """Ask Triton for sessions of videos, for a user or for a history.
 
-    Example: `onerec recommend u17 --count 3 --repository repository --state state`
+    The four columns behind the score are the reward model's: watch time, effective views, follow and like of the session,
+    each from 0 to 1; they are left out for a version without one.
+
+    Example: `onerec recommend u17 --count 3 --select reward --repository repository --state state`
     """
     from exporter.client import Client
 
@@ -164,7 +170,7 @@ def recommend(
         raise UserError("recommend: name a user, or give --history a,b,c, one of the two")
     items = None if history is None else [part.strip() for part in history.split(",")] if history else []
     with Client(server) as client:
-        answer = client.recommend(user, items, count)
+        answer = client.recommend(user, items, count, select=select)
     details = _details(repository, answer)
     newest = _newest_event(state)
     now = int(time.time() * 1000)
@@ -228,15 +234,19 @@ def _as_json(answer: Recommendation, details: Details, newest: int | None, now: 
 def _print_answer(answer: Recommendation, details: Details, newest: int | None, now: int) -> None:
     from rich.table import Table
 
+    from trainer.reward_weights import TARGETS
+
     table = Table(box=None, pad_edge=False)
-    for name in ("session", "rank", "item", *(["tags", "codes"] if details else []), "score"):
-        table.add_column(name, justify="right" if name in ("session", "rank", "score") else "left")
+    figures = ["score", *(TARGETS if answer.rewards else [])]
+    for name in ("session", "rank", "item", *(["tags", "codes"] if details else []), *figures):
+        table.add_column(name, justify="left" if name in ("item", "tags", "codes") else "right")
     for number, (session, score) in enumerate(zip(answer.items, answer.scores, strict=True), start=1):
+        rewards = [f"{reward:.3f}" for reward in answer.rewards[number - 1]] if answer.rewards else []
         for rank, item in enumerate(session, start=1):
             known = details.get(item, {"tags": [], "codes": []})
             extra = [", ".join(known["tags"]), " ".join(map(str, known["codes"]))] if details else []
             table.add_row(*(["", str(rank)] if rank > 1 else [str(number), "1"]), item, *extra,
-                          f"{score:.2f}" if rank == 1 else "", end_section=rank == len(session))
+                          *([f"{score:.2f}", *rewards] if rank == 1 else []), end_section=rank == len(session))
     out.print(table)
     if answer.watermark is None:
         out.print(f"version {answer.model_version} has learnt nothing yet", highlight=False)

@@ -4,18 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, get_args
 
 import numpy as np
 from numpy.typing import NDArray
 
-from serving_config.recommend.engine import MAX_ROWS, Engine, History
+from serving_config.recommend.engine import Engine, History, Select, Sessions, Wanted
 from serving_config.recommend.errors import RequestError
 
 NO_WATERMARK = -1
 """`watermark` of a version that has learnt nothing yet."""
-
-REWARD_NAMES = ("swt", "vtr", "wtr", "ltr")
 
 
 class HistorySource(Protocol):
@@ -55,10 +53,11 @@ class Answer:
 
 @dataclass(frozen=True, kw_only=True)
 class _Plan:
-    """A request understood: one history a row, all with the same count."""
+    """A request understood: one history a row, all with the same count and choice."""
 
     histories: list[History]
     count: int
+    select: Select
     unknown_users: int
 
 
@@ -79,28 +78,29 @@ class Service:
             except RequestError as error:
                 plans.append(error)
         understood = [plan for plan in plans if isinstance(plan, _Plan)]
-        rows = [history.codes for plan in understood for history in plan.histories]
+        rows = [
+            Wanted(history=history.codes, count=plan.count, select=plan.select)
+            for plan in understood
+            for history in plan.histories
+        ]
         counts = {
             "unknown_items": sum(history.unknown for plan in understood for history in plan.histories),
             "unknown_users": sum(plan.unknown_users for plan in understood),
         }
         try:
-            chunks = [self._engine.search(rows[start : start + MAX_ROWS]) for start in range(0, len(rows), MAX_ROWS)]
+            found = self._engine.answer(rows)
         except Exception as error:  # ONNX Runtime's exceptions share no base class; e.g. out of memory
             failed = RequestError(f"the model could not be run: {error}", client_fault=False)
             answers: list[Answer | RequestError] = [failed if isinstance(plan, _Plan) else plan for plan in plans]
         else:
-            beams = [pair for chunk in chunks for pair in zip(chunk.leaves, chunk.scores, strict=True)]
             answers = []
             for plan in plans:
                 if isinstance(plan, RequestError):
                     answers.append(plan)
                     continue
-                own, beams = beams[: len(plan.histories)], beams[len(plan.histories) :]
-                try:
-                    answers.append(self._answer(own, plan.count))
-                except RequestError as error:
-                    answers.append(error)
+                own, found = found[: len(plan.histories)], found[len(plan.histories) :]
+                faults = [row for row in own if isinstance(row, RequestError)]
+                answers.append(faults[0] if faults else self._answer([row for row in own if isinstance(row, Sessions)]))
         counts["refused"] = sum(isinstance(answer, RequestError) for answer in answers)
         return answers, counts
 
@@ -110,7 +110,7 @@ class Service:
 
     def _plan(self, request: Request) -> _Plan:
         count = self._count(request.count)
-        _check_select(request.select)
+        select = _select(request.select)
         unknown_users = 0
         if request.history is not None:
             if request.user_id is not None:
@@ -125,7 +125,7 @@ class Service:
         else:
             raise RequestError("neither `user_id` nor `history`: send at least one")
         known = [self._engine.history(history) for history in histories]
-        return _Plan(histories=known, count=count, unknown_users=unknown_users)
+        return _Plan(histories=known, count=count, select=select, unknown_users=unknown_users)
 
     def _count(self, values: NDArray[np.int32] | None) -> int:
         if values is None:
@@ -138,15 +138,14 @@ class Service:
             raise RequestError(f"count = {found[0]}: from 1 to {width}, the beam width of this version")
         return found[0]
 
-    def _answer(self, beams: Sequence[tuple[NDArray[np.int64], NDArray[np.float32]]], count: int) -> Answer:
-        sessions = [self._engine.sessions(leaves, scores, count) for leaves, scores in beams]
+    def _answer(self, sessions: Sequence[Sessions]) -> Answer:
         manifest = self._engine.manifest
         rows = len(sessions)
         watermark = NO_WATERMARK if manifest.watermark is None else manifest.watermark
         return Answer(
             items=np.stack([session.items for session in sessions]),
             scores=np.stack([session.scores for session in sessions]),
-            rewards=np.full((rows, count, len(REWARD_NAMES)), np.nan, dtype=np.float32),
+            rewards=np.stack([session.rewards for session in sessions]),
             model_version=np.full((rows, 1), manifest.version, dtype=np.int64),
             watermark=np.full((rows, 1), watermark, dtype=np.int64),
         )
@@ -166,11 +165,13 @@ def _texts(values: NDArray[np.object_], name: str) -> list[str]:
     return texts
 
 
-def _check_select(values: NDArray[np.object_] | None) -> None:
+def _select(values: NDArray[np.object_] | None) -> Select:
     if values is None:
-        return
-    for choice in _texts(values, "select"):
-        if choice == "reward":
-            raise RequestError("select = 'reward': this version was published without a reward model; use 'likelihood'")
-        if choice != "likelihood":
+        return "likelihood"
+    found = sorted(set(_texts(values, "select")))
+    for choice in found:
+        if choice not in get_args(Select):
             raise RequestError(f"select = {choice!r}: one of 'likelihood', 'reward'")
+    if len(found) > 1:
+        raise RequestError(f"select differs within one request ({found}); send one request for each")
+    return "reward" if found == ["reward"] else "likelihood"

@@ -11,13 +11,14 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from serving_helpers import MODEL, FakeCatalogue, make_bundle
+from serving_helpers import MODEL, REWARD, FakeCatalogue, as_format_1, make_bundle
 
 from exporter import bundle
 from exporter.trie import build_trie
 from onerec.commands.serve import container_command
 from onerec.errors import UserError
 from serving_config.recommend.engine import Engine
+from trainer.config import RewardConfig
 
 
 def test_a_sealed_bundle_is_accepted(tmp_path: Path) -> None:
@@ -27,7 +28,8 @@ def test_a_sealed_bundle_is_accepted(tmp_path: Path) -> None:
 
 
 def test_one_changed_byte_in_any_file_is_refused_by_name(tmp_path: Path) -> None:
-    names = [*make_bundle(tmp_path / "1").files, bundle.MANIFEST_FILE]
+    names = [*make_bundle(tmp_path / "1", reward=RewardConfig()).files, bundle.MANIFEST_FILE]
+    assert {"reward/model.onnx", "reward/model.cpu.onnx"} <= set(names)
     for name in names:
         path = tmp_path / "1" / name
         content = path.read_bytes()
@@ -55,6 +57,20 @@ def test_another_format_is_told_apart_from_damage(tmp_path: Path) -> None:
     path.write_text(json.dumps({**json.loads(path.read_text()), "format": 99}))
     with pytest.raises(UserError, match="format 99"):
         bundle.read_manifest(tmp_path / "1")
+
+
+def test_a_version_of_the_format_without_reward_models_is_still_read(tmp_path: Path) -> None:
+    manifest = make_bundle(tmp_path / "1")
+    as_format_1(tmp_path / "1")
+    assert bundle.verify_bundle(tmp_path / "1") == msgspec.structs.replace(manifest, format=1)
+    assert not Engine(tmp_path / "1").has_rewards
+
+
+@pytest.mark.parametrize("change", [{"levels": 2}, {"codes": 16}, {"session_items": 2}])
+def test_a_reward_model_of_other_codes_is_refused(change: dict[str, int]) -> None:
+    bundle.check_reward(REWARD, MODEL)
+    with pytest.raises(UserError, match="mixed versions: the reward model reads"):
+        bundle.check_reward(msgspec.structs.replace(REWARD, **change), MODEL)
 
 
 @given(
@@ -92,7 +108,7 @@ def test_weights_of_one_codebook_are_refused_with_the_catalogue_of_another(tmp_p
 
 
 def test_the_copied_modules_serve_without_the_installed_ones(tmp_path: Path) -> None:
-    make_bundle(tmp_path / "1")
+    make_bundle(tmp_path / "1", reward=RewardConfig())
     script = f"""
 import sys
 from pathlib import Path
@@ -105,7 +121,8 @@ from serving_config.recommend.service import Request, Service
 import streaming.store
 import numpy as np
 service = Service(Engine(Path({str(tmp_path / "1")!r})), Histories(None))
-[answer], _ = service.answer([Request(history=np.array([[b"v3"]], dtype=object))])
+[answer], _ = service.answer([Request(history=np.array([[b"v3"]], dtype=object),
+                                       select=np.array([[b"reward"]], dtype=object))])
 assert answer.items.shape == (1, 1, 3), answer
 own = {{name: module.__file__ for name, module in sys.modules.items()
        if name.split(".")[0] in ("onerec", "streaming", "trainer", "exporter", "serving_config")}}

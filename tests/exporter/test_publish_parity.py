@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from exporter.parity import SCORE_TOLERANCE, compare
+from exporter.parity import REWARD_TOLERANCE, SCORE_TOLERANCE, compare, compare_rewards
 from onerec.errors import Failure
 from serving_config.recommend.engine import Beams
 
@@ -58,3 +58,16 @@ def test_dead_beams_are_not_compared() -> None:
     reference = beams([-1.0, -2.0, -6e4], dead=1)
     served = Beams(reference.leaves, np.array([[-1.0, -2.0, -5e4]], dtype=np.float32))
     assert compare(reference, served).sessions == 2
+
+
+def test_rewards_pass_within_the_tolerance_and_nothing_else() -> None:
+    reference = np.random.default_rng(0).random((2, 5, 4)).astype(np.float32)
+    served = reference + np.float32(REWARD_TOLERANCE / 4)
+    parity = compare_rewards(reference, served)
+    assert (parity.histories, parity.sessions) == (2, 5)
+    assert parity.difference == pytest.approx(REWARD_TOLERANCE / 4, rel=0.01)
+    for fault in (2 * REWARD_TOLERANCE, np.nan):
+        spoilt = reference.copy()
+        spoilt[1, 2, 3] += fault
+        with pytest.raises(Failure, match="rewards differ"):
+            compare_rewards(reference, spoilt)

@@ -14,8 +14,9 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 
+import numpy as np
 import pytest
-from serving_helpers import builder, expected_session, set_aside
+from serving_helpers import as_format_1, builder, expected_choice, expected_rewards, expected_session, set_aside
 
 from exporter import bundle
 from exporter.client import Client
@@ -23,7 +24,8 @@ from exporter.publish import load_repository, publish_bundle, rollback
 from exporter.repository import Repository
 from exporter.server import TritonServer
 from exporter.triton_config import RecommendConfig
-from onerec.errors import Failure, OneRecError
+from onerec.errors import Failure, OneRecError, UserError
+from trainer.config import RewardConfig
 
 Start = Callable[..., tuple[TritonServer, Client]]
 
@@ -106,6 +108,87 @@ def test_publish_and_rollback_under_load_fail_no_request(repository: Path) -> No
         asking.wait_for(6)
     assert asking.faults == []
     assert {1, 6} <= set(asking.versions)
+
+
+@pytest.mark.slow
+def test_a_reward_model_comes_and_goes_with_its_version_under_load(repository: Path) -> None:
+    """A client that asks by reward is answered by exactly the versions that can; one by likelihood, by all."""
+    as_format_1(repository / "recommend" / "1")
+    weights = RewardConfig(swt=1, vtr=0, wtr=0, ltr=3)
+    chosen: dict[int, int] = {}
+
+    def choose(url: str, stop: threading.Event) -> None:
+        with Client(url) as client:
+            while not stop.is_set():
+                try:
+                    answer = client.recommend(history=["v2"], count=2, select="reward")
+                except UserError as error:
+                    assert "without a reward model" in str(error)
+                    continue
+                best = expected_choice(answer.model_version, ("v2",), weights)[:2]
+                assert answer.items == [session for session, _, _ in best]
+                assert np.allclose(answer.rewards, [rewards for _, rewards, _ in best])
+                chosen[answer.model_version] = chosen.get(answer.model_version, 0) + 1
+
+    stop = threading.Event()
+    with serving(repository) as (server, client), Asking(server.url) as asking, ThreadPoolExecutor(1) as pool:
+        choosing = pool.submit(choose, server.url, stop)
+        try:
+            assert client.recommend(history=[]).rewards is None
+            assert publish_bundle(repository, builder(reward=weights), server=server.url) == 2
+            asking.wait_for(2)
+            served = client.recommend(history=["v1"], count=2)
+            assert np.allclose(served.rewards, [expected_rewards(session, ("v1",)) for session in served.items])
+            assert client.recommend(history=["v1"], version=1).rewards is None
+            assert publish_bundle(repository, builder(), server=server.url) == 3
+            with pytest.raises(UserError, match="without a reward model"):
+                client.recommend(history=[], select="reward")
+            assert rollback(repository, server=server.url) == (3, 2)
+            assert client.recommend(history=[], select="reward").model_version == 2
+            assert rollback(repository, server=server.url) == (2, 1)
+            asking.wait_for(1)
+            assert client.recommend(history=[]).rewards is None
+            assert publish_bundle(repository, builder(reward=weights), server=server.url) == 4
+            deadline = time.monotonic() + 20
+            while 4 not in chosen and not choosing.done() and time.monotonic() < deadline:
+                time.sleep(0.02)
+        finally:
+            stop.set()
+        choosing.result()
+    assert asking.faults == []
+    assert chosen.keys() == {2, 4}
+
+
+def spoil_rewards(folder: Path) -> None:
+    """A sealed bundle whose reward model is another than the one that was checked."""
+    import msgspec
+
+    manifest = bundle.read_manifest(folder)
+    assert manifest.reward is not None
+    part = msgspec.structs.replace(manifest.reward, weights=RewardConfig(swt=0, vtr=0, wtr=1, ltr=0))
+    bundle.write_manifest(folder, msgspec.structs.replace(manifest, reward=part))
+
+
+def spoil_reward_graph(folder: Path) -> None:
+    """A reward graph that no runtime loads, in a bundle whose hashes are right."""
+    import msgspec
+
+    (folder / "reward" / "model.cpu.onnx").write_bytes(b"not a graph")
+    manifest = bundle.read_manifest(folder)
+    bundle.write_manifest(folder, msgspec.structs.replace(manifest, files=bundle.digest_files(folder)))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("spoil", "reason"), [(spoil_rewards, "by reward where"), (spoil_reward_graph, "cannot be loaded")])
+def test_a_version_whose_reward_model_is_bad_is_set_aside(
+    repository: Path, spoil: Callable[[Path], None], reason: str
+) -> None:
+    with serving(repository) as (server, client), Asking(server.url) as asking:
+        with pytest.raises(Failure, match=f"(?s)version 2 was set aside .*version 1 serves on.*{reason}"):
+            publish_bundle(repository, builder(reward=RewardConfig(ltr=5), spoil=spoil), server=server.url)
+        assert reason in set_aside(repository, 2)
+        asking.wait_for(1)
+    assert asking.faults == []
 
 
 @pytest.mark.slow

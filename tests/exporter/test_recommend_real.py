@@ -16,18 +16,22 @@ from typer.testing import CliRunner
 
 from exporter.bundle import verify_bundle
 from exporter.client import Client
+from exporter.parity import torch_rewards
 from exporter.publish import load_repository
 from exporter.repository import Repository
 from exporter.server import TritonServer
 from onerec.cli import build
 from onerec.errors import OneRecError, UserError
-from serving_config.recommend.engine import Engine, pad
+from serving_config.recommend.engine import Engine, Sessions, Wanted
+from serving_config.recommend.graphs import pad
 from streaming.store import Reader
 from trainer.beam import beam_search, trie_tensors
-from trainer.checkpoint import Checkpoint, Cursor, load_checkpoint, load_model, save_checkpoint
-from trainer.config import ModelConfig
+from trainer.checkpoint import Checkpoint, Cursor, load_checkpoint, load_model, load_reward_model, save_checkpoint
+from trainer.config import ModelConfig, RewardConfig, RewardModelConfig
 from trainer.items import load_catalogue
 from trainer.model import OneRec
+from trainer.reward import RewardModel
+from trainer.reward_weights import combine_array
 
 pytestmark = pytest.mark.slow
 
@@ -67,8 +71,10 @@ class World(NamedTuple):
         return json.loads(out.splitlines()[-1])
 
 
-def checkpoint(run: Path, state: Path, *, step: int, seed: int, codebook: str | None = None) -> Checkpoint:
-    """An untrained small model as a checkpoint of a run on the state's catalogue."""
+def checkpoint(
+    run: Path, state: Path, *, step: int, seed: int, codebook: str | None = None, reward: RewardModelConfig | None = None
+) -> Checkpoint:
+    """An untrained small model, and perhaps a reward model, as a checkpoint of a run on the state's catalogue."""
     catalogue = load_catalogue(state)
     config = ModelConfig(
         d_model=16, heads=2, d_ff=16, encoder_layers=1, decoder_layers=1, experts=2, levels=catalogue.levels,
@@ -76,6 +82,13 @@ def checkpoint(run: Path, state: Path, *, step: int, seed: int, codebook: str | 
     )  # fmt: skip
     torch.manual_seed(seed)
     weights = OneRec(config).state_dict()
+    reward_weights = None
+    if reward is not None:
+        reward_model = RewardModel(reward)
+        with torch.no_grad():
+            for parameter in reward_model.towers.parameters():
+                parameter.normal_()
+        reward_weights = reward_model.state_dict()
     run.mkdir(exist_ok=True)
     (run / "run.json").write_text(json.dumps({"state": str(state)}))
     return save_checkpoint(
@@ -83,11 +96,19 @@ def checkpoint(run: Path, state: Path, *, step: int, seed: int, codebook: str | 
         Checkpoint(
             step=step, cursor=Cursor(), watermark=step * 1_000, codebook_version=codebook or catalogue.version,
             items=len(catalogue.item_ids), model_config=config, session_items=3, metrics_bytes=0, score=None,
-            counters={}, created_ms=0,
+            counters={}, created_ms=0, reward_config=reward,
         ),  # fmt: skip
         weights,
         {},
+        reward_weights,
     )
+
+
+def reward_config(state: Path, **changes: int) -> RewardModelConfig:
+    """A small reward model for the codes of the state's catalogue."""
+    catalogue = load_catalogue(state)
+    fits = {"levels": catalogue.levels, "codes": catalogue.codes, "session_items": 3}
+    return RewardModelConfig(**{"dimension": 8, "heads": 2, "buckets": 40, "history_length": 6, **fits, **changes})
 
 
 @pytest.fixture(scope="module")
@@ -135,8 +156,8 @@ def test_torch_onnx_runtime_and_triton_give_the_same_sessions_in_the_same_order(
         answer = world.client.recommend(user, count=WIDTH)
         assert answer.items == sessions
         assert answer.scores == pytest.approx(scores, abs=1e-4)
-        beams = engine.search([engine.history(stored[user]).codes])
-        direct = engine.sessions(beams.leaves[0], beams.scores[0], WIDTH)
+        [direct] = engine.answer([Wanted(history=engine.history(stored[user]).codes, count=WIDTH)])
+        assert isinstance(direct, Sessions)
         assert [[item.decode() for item in session] for session in direct.items] == sessions
         assert world.client.recommend(history=stored[user], count=WIDTH).items == sessions
         for session in sessions:
@@ -223,6 +244,54 @@ def test_versions_and_rollback_by_command(world: World) -> None:
     assert found[version - 1]["triton"] == "READY" and found[version]["watermark"] == 5_000
     assert "rolled back" in call("versions", "--repository", world.repository)
     assert world.publish()["version"] == version + 1
+
+
+def test_the_reward_model_of_a_checkpoint_chooses_through_triton_as_in_torch(world: World) -> None:
+    checkpoint(world.run, world.state, step=6, seed=6, reward=reward_config(world.state))
+    weights = RewardConfig(swt=1, vtr=0, wtr=2, ltr=0.5)
+    out = world.publish("--set", "reward.swt=1", "--set", "reward.vtr=0", "--set", "reward.wtr=2", "--set", "reward.ltr=0.5")
+    engine = Engine(Repository(world.repository).folder(out["version"]))
+    manifest = engine.manifest
+    assert manifest.reward is not None and manifest.reward.parity.sessions == WIDTH
+    reward_model = load_reward_model(load_checkpoint(world.run / "checkpoints" / f"{6:09d}"))
+    assert reward_model is not None
+    row = {item: place for place, item in enumerate(engine.snapshot.item_ids)}
+    changed = 0
+    for history in ([], ["v1"], [f"v{number}" for number in range(15)]):
+        sessions, scores = by_torch(world, 6, history)
+        codes = engine.snapshot.item_codes[[[row[item] for item in session] for session in sessions]][None].astype(np.int64)
+        rewards = torch_rewards(reward_model, [engine.history(history).codes], codes)[0]
+        told = world.client.recommend(history=history, count=WIDTH)
+        assert told.items == sessions
+        assert np.allclose(told.rewards, rewards, atol=1e-5)
+        order = np.argsort(-combine_array(rewards, weights), kind="stable")
+        chosen = world.client.recommend(history=history, count=3, select="reward")
+        assert chosen.items == [sessions[place] for place in order[:3]]
+        assert chosen.scores == pytest.approx([scores[place] for place in order[:3]], abs=1e-4)
+        assert np.allclose(chosen.rewards, rewards[order[:3]], atol=1e-5)
+        changed += chosen.items[0] != sessions[0]
+    assert changed, "the choice made no difference, so nothing was shown"
+    shown = call("recommend", "--history", "v1", "--select", "reward", "--count", "2", "--server", world.server.url, "--json")
+    best = world.client.recommend(history=["v1"], count=2, select="reward")
+    found = json.loads(shown)["sessions"]
+    assert [[item["item_id"] for item in session["items"]] for session in found] == best.items
+    assert [session["rewards"] for session in found] == best.rewards
+    table = call("recommend", "--history", "v1", "--select", "reward", "--server", world.server.url)
+    assert best.items[0][0] in table and f"{best.rewards[0][2]:.3f}" in table and "wtr" in table  # type: ignore[index]
+    checkpoint(world.run, world.state, step=7, seed=6, reward=reward_config(world.state))
+    assert not any("template" in step for step in world.publish()["seconds"]), "a second publish traces nothing"
+
+
+def test_a_reward_model_of_other_codes_or_without_weights_is_refused(world: World) -> None:
+    before = world.client.recommend(history=[])
+    other = world.folder / "other-codes"
+    checkpoint(other, world.state, step=1, seed=1, reward=reward_config(world.state, codes=16))
+    with pytest.raises(UserError, match="mixed versions: the reward model reads 3 levels of 16 codes"):
+        call("publish", "--run", other, "--repository", world.repository, "--server", world.server.url)
+    nothing = ["--set", "reward.swt=0", "--set", "reward.vtr=0", "--set", "reward.wtr=0", "--set", "reward.ltr=0"]
+    with pytest.raises(UserError, match="all 0"):
+        call("publish", "--run", world.run, "--repository", world.repository, "--server", world.server.url, *nothing)
+    assert world.client.recommend(history=[]) == before
 
 
 def test_new_events_of_a_user_change_the_next_answer(world: World, tmp_path: Path) -> None:
