@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, get_args
@@ -25,7 +24,6 @@ from trainer.reward_training import RewardTraining
 
 if TYPE_CHECKING:
     from trainer.checkpoint import Checkpoint
-    from trainer.model import OneRec
     from trainer.rankings import ItemRanker
     from trainer.reward import RewardModel
 
@@ -109,11 +107,11 @@ class Task:
         """The seed's judge, which preference methods learn from too; it must have been trained."""
         return load_reward_model(self.folder)
 
-    def seed_checkpoint(self) -> Checkpoint:
-        """OneRec as trained for this seed; it must have been."""
+    def checkpoint(self, run: str) -> Checkpoint:
+        """The generator "onerec" or "tiger" as trained for this seed; it must have been."""
         from trainer.checkpoint import latest_checkpoint
 
-        return latest_checkpoint(self.folder / "onerec")
+        return latest_checkpoint(self.folder / run)
 
 
 class Trained(NamedTuple):
@@ -124,7 +122,7 @@ class Trained(NamedTuple):
 
 
 class Method(NamedTuple):
-    """A row of the table; `needs`: methods that must have been trained before."""
+    """A row of the table; `needs`: the parts that it goes on from, whose seconds count as its own."""
 
     name: str
     group: str
@@ -133,18 +131,11 @@ class Method(NamedTuple):
 
 
 REWARD_FILE = "reward.safetensors"
-REWARD_RECORD = "reward.json"
+REWARD_CONFIG = "reward-config.json"
 
 
-class RewardRecord(msgspec.Struct, frozen=True, kw_only=True):
-    """The judge of a seed: its architecture and how its training went."""
-
-    config: RewardModelConfig
-    fit: dict[str, Any]
-
-
-def train_reward_model(task: Task) -> dict[str, Any]:
-    """Pre-train the judge of a seed and keep it in its folder; what `RewardFit` says."""
+def _reward_part(task: Task) -> dict[str, Any]:
+    """Pre-train the judge of a seed and keep it in its folder."""
     from safetensors.torch import save_file
 
     from streaming.store import Reader
@@ -162,19 +153,18 @@ def train_reward_model(task: Task) -> dict[str, Any]:
         progress=lambda epoch, loss: task.say(f"reward model: epoch {epoch}, held-out loss {loss:.4f}"),
     )
     save_file(model.state_dict(), task.folder / REWARD_FILE)
-    record = RewardRecord(config=config, fit=msgspec.to_builtins(fit))
-    (task.folder / REWARD_RECORD).write_bytes(msgspec.json.encode(record))
-    return record.fit
+    (task.folder / REWARD_CONFIG).write_bytes(msgspec.json.encode(config))
+    found: dict[str, Any] = msgspec.to_builtins(fit)
+    return found
 
 
 def load_reward_model(folder: Path) -> RewardModel:
-    """The judge that `train_reward_model` left in a seed's folder."""
+    """The judge of a seed's folder."""
     from safetensors.torch import load_file
 
     from trainer.reward import RewardModel
 
-    record = msgspec.json.decode((folder / REWARD_RECORD).read_bytes(), type=RewardRecord)
-    model = RewardModel(record.config)
+    model = RewardModel(msgspec.json.decode((folder / REWARD_CONFIG).read_bytes(), type=RewardModelConfig))
     model.load_state_dict(load_file(folder / REWARD_FILE))
     return model.eval()
 
@@ -241,19 +231,23 @@ def _transformer(task: Task, name: str) -> Trained:
     return Trained(_ranking(ranker, task), {"epochs": fit.epochs, "best_epoch": fit.best})
 
 
-def _generator(task: Task, run: Path, *, passes: int, session_items: int | None) -> tuple[OneRec, dict[str, Any]]:
-    """A model trained by the trainer itself over the state's sessions, `passes` times; a killed training goes on."""
-    from trainer.checkpoint import latest_checkpoint, load_model
+def _generator_part(task: Task, *, run: str) -> dict[str, Any]:
+    """OneRec, or TIGER as the same with one item a session, trained by the trainer itself over the state's sessions."""
+    import shutil
+
     from trainer.loop import train
 
     settings = task.settings
+    passes, session_items = (settings.tiger_passes, 1) if run == "tiger" else (settings.passes, None)
+    # One that was killed begins anew, so that the seconds are those of the whole.
+    shutil.rmtree(task.folder / run, ignore_errors=True)
     config = msgspec.structs.replace(
         task.config,
         train=msgspec.structs.replace(
             task.config.train, preset=settings.preset, learning_rate=settings.learning_rate, session_items=session_items,
-            batch_windows=settings.batch_windows, precision=settings.precision, backlog_passes=passes,
-            score_share=0.0, checkpoint_seconds=30.0, checkpoint_sessions=10**9, keep_checkpoints=1, threads=1,
-            seed=task.seed,
+            batch_windows=settings.batch_windows * (task.m if run == "tiger" else 1), precision=settings.precision,
+            backlog_passes=passes, score_share=0.0, checkpoint_seconds=1e9, checkpoint_sessions=10**9,
+            keep_checkpoints=1, threads=1, seed=task.seed,
         ),
         reward=msgspec.structs.replace(task.config.reward, train=False),
     )
@@ -262,24 +256,25 @@ def _generator(task: Task, run: Path, *, passes: int, session_items: int | None)
     def progress(progress: Any) -> None:
         if progress.line.round != seen["round"]:
             seen["round"] = progress.line.round
-            task.say(f"{run.name}: pass {progress.line.round + 1} of {passes}, loss {progress.line.loss:.3f}")
+            task.say(f"{run}: pass {progress.line.round + 1} of {passes}, loss {progress.line.loss}")
 
-    result = train(task.state, run, config, progress=progress)
-    model = load_model(latest_checkpoint(run))
-    return model, {"steps": result.steps, "loss": result.loss}
+    result = train(task.state, task.folder / run, config, progress=progress)
+    return {"passes": passes, "steps": result.steps}
 
 
 def _onerec(task: Task) -> Trained:
-    model, notes = _generator(task, task.folder / "onerec", passes=task.settings.passes, session_items=None)
-    return Trained(OneRecRecommender(model, task.catalogue.item_codes), notes)
+    from trainer.checkpoint import load_model
+
+    return Trained(OneRecRecommender(load_model(task.checkpoint("onerec")), task.catalogue.item_codes), {})
 
 
 def _tiger(task: Task) -> Trained:
     from trainer.baselines.tiger import BeamRanker
+    from trainer.checkpoint import load_model
 
-    model, notes = _generator(task, task.folder / "tiger", passes=task.settings.tiger_passes, session_items=1)
+    model = load_model(task.checkpoint("tiger"))
     ranker = BeamRanker(model, task.catalogue.item_codes, width=max(64, 2 * task.settings.width))
-    return Trained(TigerRecommender(ranker, task), notes)
+    return Trained(TigerRecommender(ranker, task), {})
 
 
 class TigerRecommender:
@@ -317,7 +312,7 @@ def _aligned(
     from trainer.checkpoint import load_model, load_optimizer
     from trainer.inline import AlignConfig, align
 
-    settings, checkpoint = task.settings.alignment, task.seed_checkpoint()
+    settings, checkpoint = task.settings.alignment, task.checkpoint("onerec")
     model = load_model(checkpoint)
     preference = PreferenceConfig(
         ratio=settings.ratio if weight != 0 else 0.0,
@@ -353,7 +348,7 @@ def _ecpo(task: Task) -> Trained:
     from trainer.policy_rewards import PolicyRewards
 
     given, codes = task.settings.reinforcement, task.catalogue.item_codes
-    model = load_model(task.seed_checkpoint())
+    model = load_model(task.checkpoint("onerec"))
     rewards = PolicyRewards(build_trie(codes, model.config.codes), task.reward_model, task.settings.reward)
     config = EcpoConfig(
         users=given.users, group=given.group, updates=given.updates, learning_rate=given.learning_rate
@@ -374,7 +369,14 @@ LOSS_NAMES: dict[PreferenceLossName, str] = {
     "dpo": "DPO", "ipo": "IPO", "cdpo": "cDPO", "rdpo": "rDPO", "cpo": "CPO", "simpo": "SimPO", "s-dpo": "S-DPO",
 }
 OF_DPO_FORM = frozenset({"dpo", "cdpo", "rdpo", "s-dpo"})
-AFTER_SEED = ("onerec",)
+AFTER_SEED = ("onerec-model", "reward-model")
+
+PARTS: dict[str, Callable[[Task], dict[str, Any]]] = {
+    "onerec-model": functools.partial(_generator_part, run="onerec"),
+    "reward-model": _reward_part,
+    "tiger-model": functools.partial(_generator_part, run="tiger"),
+}
+"""What is trained once a seed and kept in its folder; each says how it went."""
 
 
 def _methods() -> dict[str, Method]:
@@ -384,8 +386,8 @@ def _methods() -> dict[str, Method]:
     }
     for key, name in (("sasrec-bce", "SASRec (BCE)"), ("sasrec-ce", "SASRec (CE)"), ("bert4rec", "BERT4Rec"), ("fdsa", "FDSA")):
         found[key] = Method(name, DISCRIMINATIVE, functools.partial(_transformer, name=key))
-    found["tiger"] = Method("TIGER", GENERATIVE, _tiger)
-    found["onerec"] = Method("OneRec", LISTWISE, _onerec)
+    found["tiger"] = Method("TIGER", GENERATIVE, _tiger, ("tiger-model",))
+    found["onerec"] = Method("OneRec", LISTWISE, _onerec, ("onerec-model",))
     more = functools.partial(_aligned, loss="dpo", source="self", weight=0.0)
     found["onerec+ntp"] = Method("OneRec, trained on", LISTWISE, more, AFTER_SEED)
     for loss in get_args(PreferenceLossName):
@@ -399,10 +401,3 @@ def _methods() -> dict[str, Method]:
 
 METHODS: dict[str, Method] = _methods()
 """Every method by the name that `--methods` takes, in the order of the table."""
-
-
-def timed(method: Method, task: Task) -> tuple[Trained, float]:
-    """Train a method; the seconds that it took itself."""
-    began = time.perf_counter()
-    trained = method.train(task)
-    return trained, time.perf_counter() - began

@@ -25,19 +25,7 @@ from streaming.store import Reader
 from trainer.config import CatalogueConfig, RewardModelConfig
 from trainer.items import Catalogue
 from trainer.judge import Judgement, judge, modelled_rewards, true_rewards
-from trainer.methods import (
-    METHODS,
-    REWARD_RECORD,
-    Alignment,
-    RankerSettings,
-    Reinforcement,
-    RewardRecord,
-    Settings,
-    Task,
-    load_reward_model,
-    timed,
-    train_reward_model,
-)
+from trainer.methods import METHODS, PARTS, Alignment, RankerSettings, Reinforcement, Settings, Task, load_reward_model
 from trainer.reward_training import RewardTraining
 from trainer.table_data import (
     Data,
@@ -53,7 +41,6 @@ from trainer.table_data import (
 
 LINES_FILE = "lines.jsonl"
 SETTINGS_FILE = "table.json"
-NOTES_FILE = "onerec.json"
 
 
 class Comparison(msgspec.Struct, frozen=True, kw_only=True):
@@ -150,7 +137,7 @@ def run_table(
     for key in wanted:
         if key in found:
             progress(found[key], False)
-    jobs_left = _jobs(folder, [key for key in wanted if key not in found])
+    jobs_left = _jobs([key for key in wanted if key not in found])
     failures: list[tuple[str, int, str]] = []
 
     def ended(job: _Job, result: Line | None, reason: str | None) -> None:
@@ -167,7 +154,7 @@ def run_table(
 
 
 class _Job(NamedTuple):
-    """A method, or what every method needs: `data`, then `reward-model`."""
+    """A method, or what methods need: `data`, then the parts. All methods need the reward model, as they are judged."""
 
     method: str
     seed: int
@@ -175,22 +162,16 @@ class _Job(NamedTuple):
     def needs(self) -> list[str]:
         if self.method == "data":
             return []
-        if self.method == "reward-model":
-            return ["data"]
-        return ["data", "reward-model", *METHODS[self.method].needs]
+        return ["data"] if self.method in PARTS else ["data", "reward-model", *METHODS[self.method].needs]
 
 
-def _jobs(folder: Path, missing: list[tuple[str, int]]) -> list[_Job]:
-    """The jobs for lines that are missing, with what they need first."""
+def _jobs(missing: list[tuple[str, int]]) -> list[_Job]:
+    """The jobs for lines that are missing, what others wait for first."""
     found: list[_Job] = []
     for seed in dict.fromkeys(seed for _, seed in missing):
-        mine = [name for name, of in missing if of == seed]
-        needed = {need for name in mine for need in METHODS[name].needs}
-        if needed and not (_seed_folder(folder, seed) / NOTES_FILE).exists():
-            mine = list(dict.fromkeys([*sorted(needed), *mine]))
-        # What others wait for goes first.
-        mine.sort(key=lambda name: name not in needed)
-        found += [_Job("data", seed), _Job("reward-model", seed), *(_Job(name, seed) for name in mine)]
+        jobs = [_Job(name, of) for name, of in missing if of == seed]
+        needed = {need for job in jobs for need in job.needs()}
+        found += [*(_Job(name, seed) for name in ("data", *PARTS) if name in needed), *jobs]
     return found
 
 
@@ -276,15 +257,18 @@ def _run_here(folder: Path, comparison: Comparison, job: _Job, say: Callable[[st
     data = _prepare(place, comparison, job.seed, say)
     if job.method == "data":
         return None
-    task = _task(place, comparison, job.seed, say)
-    if job.method == "reward-model":
-        if not (place / REWARD_RECORD).exists():
-            train_reward_model(task)
+    record = place / f"{job.method}.json"
+    if record.exists():
         return None
+    task = _task(place, comparison, job.seed, say)
     began = time.perf_counter()
-    trained, seconds = timed(METHODS[job.method], task)
-    if job.method == "onerec":
-        (place / NOTES_FILE).write_bytes(msgspec.json.encode({"seconds": seconds}))
+    if job.method in PARTS:
+        notes = PARTS[job.method](task)
+        record.write_bytes(msgspec.json.encode({"seconds": time.perf_counter() - began, **notes}))
+        return None
+    trained = METHODS[job.method].train(task)
+    seconds = time.perf_counter() - began
+    parts = {name: msgspec.json.decode((place / f"{name}.json").read_bytes()) for name in METHODS[job.method].needs}
     judging = time.perf_counter()
     settings, catalogue = comparison.settings, task.catalogue
     cases = test_cases(place, data, catalogue, count=settings.cases, seed=job.seed)
@@ -300,29 +284,18 @@ def _run_here(folder: Path, comparison: Comparison, job: _Job, say: Callable[[st
         truth=None if data.world is None else true_rewards(World(data.world), catalogue.item_ids),
     )
     return _line(
-        job, judgement, own_seconds=seconds, before_seconds=_before(place, job),
-        judge_seconds=time.perf_counter() - judging, total_seconds=time.perf_counter() - began,
-        notes=trained.notes,
+        job, judgement, own_seconds=seconds, part_seconds=sum(part["seconds"] for part in parts.values()),
+        judge_seconds=time.perf_counter() - judging, notes={**parts, **trained.notes},
     )
 
 
-def _before(place: Path, job: _Job) -> float:
-    """Seconds of what the method goes on from: the seed model and the reward model that it learns from."""
-    if not METHODS[job.method].needs:
-        return 0.0
-    seed_seconds: float = msgspec.json.decode((place / NOTES_FILE).read_bytes())["seconds"]
-    record = msgspec.json.decode((place / REWARD_RECORD).read_bytes(), type=RewardRecord)
-    return seed_seconds + float(record.fit["seconds"])
-
-
 def _line(
-    job: _Job, judgement: Judgement, *, own_seconds: float, before_seconds: float, judge_seconds: float,
-    total_seconds: float, notes: dict[str, Any],
+    job: _Job, judgement: Judgement, *, own_seconds: float, part_seconds: float, judge_seconds: float, notes: dict[str, Any]
 ) -> Line:
     told = judgement.line()
     first = ("reward", "true_reward", "hr@10", "ndcg@10", "legal")
     values: dict[str, Any] = {"method": job.method, "seed": job.seed, **{name: told.pop(name) for name in first}}
-    values["seconds"] = round(own_seconds + before_seconds, 3)
+    values["seconds"] = round(own_seconds + part_seconds, 3)
     values["own_seconds"], values["judge_seconds"] = round(own_seconds, 3), round(judge_seconds, 3)
     return Line(job.method, job.seed, {**values, **told, "notes": notes})
 
