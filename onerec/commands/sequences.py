@@ -40,7 +40,9 @@ def sequences(
     features: Annotated[
         Path | None, typer.Option(help='Categories for FDSA, `{"item": ["author", "tag"], …}`.', show_default=False)
     ] = None,
-    levels: Annotated[int, typer.Option(min=1, help="Levels of the semantic IDs that are made.")] = 3,
+    levels: Annotated[
+        int | None, typer.Option(min=1, help="Levels of the semantic IDs that are made; default 3.", show_default=False)
+    ] = None,
     size: Annotated[
         int | None, typer.Option(min=1, help="Codes a level; default by the number of items.", show_default=False)
     ] = None,
@@ -55,10 +57,12 @@ def sequences(
     """
     from trainer.sequences import import_sequences, save
 
+    if codes is not None and levels is not None:
+        raise UserError("--levels and --codes: given codes have their own levels; leave one of the two out")
     if folder.exists():
         raise UserError(f"--out {folder} exists already; name a new folder or remove that one")
     dataset = import_sequences(
-        file, codes_file=codes, features_file=features, levels=levels, size=size, seed=seed,
+        file, codes_file=codes, features_file=features, levels=levels or 3, size=size, seed=seed,
         say=lambda text: None if json else err.print(text, highlight=False),
     )
     save(dataset, folder)

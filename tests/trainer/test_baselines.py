@@ -21,9 +21,11 @@ from trainer.baselines.fitting import (
     Stopping,
     TransformerRanker,
     causal_rows,
+    few,
     ndcg10,
     ranks,
     split,
+    validate,
 )
 from trainer.baselines.sasrec import SASRec
 from trainer.rankings import best_rows
@@ -260,6 +262,23 @@ def test_what_is_held_out_is_not_learnt() -> None:
     assert sum(len(row) for row in training) == 61 - 3
     for history, target in zip(held.histories, held.targets, strict=True):
         assert target == 50 + history[0] and all(target not in row for row in training)
+
+
+def test_validation_in_blocks_is_that_of_all_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    rng = np.random.default_rng(0)
+    table = np.log(rng.dirichlet(np.ones(ITEMS), 30)).astype(np.float32)
+    held = Held([[place] for place in range(30)], rng.integers(0, ITEMS, 30).tolist())
+    monkeypatch.setattr(fitting, "CELLS", 7 * ITEMS)
+    ndcg, likelihood = validate(lambda histories: table[[row[0] for row in histories]], held, ITEMS)
+    assert ndcg == pytest.approx(ndcg10(table, held.targets))
+    assert likelihood == pytest.approx(float(table[np.arange(30), held.targets].mean()))
+
+
+def test_a_few_of_what_is_held_out_are_spread_over_all_of_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    held = Held([[place] for place in range(10)], list(range(10)))
+    assert few(held) == held
+    monkeypatch.setattr(fitting, "MOST_VALIDATED", 4)
+    assert few(held) == Held([[0], [3], [6], [9]], [0, 3, 6, 9])
 
 
 def test_training_goes_on_while_the_likelihood_rises_and_keeps_the_best_ranking() -> None:

@@ -158,6 +158,12 @@ def test_covisitation_asks_popularity_where_nothing_followed(tmp_path: Path) -> 
     assert score.ndcg5 == pytest.approx((1 / math.log2(5) + 2 / math.log2(3)) / 3)
 
 
+def test_levels_of_codes_that_are_given_are_refused(tmp_path: Path) -> None:
+    path = str(write(tmp_path))
+    result = CliRunner().invoke(build(), ["import", "sequences", path, "--out", path + ".d", "--codes", path, "--levels", "2"])
+    assert isinstance(result.exception, UserError) and "--levels and --codes" in str(result.exception)
+
+
 def test_an_unknown_method_is_named() -> None:
     with pytest.raises(UserError, match="--methods tigre: no such method; choose of popularity"):
         check_methods(["popularity", "tigre"])

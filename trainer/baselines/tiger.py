@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from exporter.trie import build_trie
 from onerec.errors import UserError
-from trainer.baselines.fitting import NOTHING_FOLLOWS, Epoch, Fit, Held, Sequences, Stopping, ndcg10, split
+from trainer.baselines.fitting import NOTHING_FOLLOWS, Epoch, Fit, Held, Sequences, Stopping, few, split, validate
 from trainer.beam import finish, first_item, trie_tensors
 from trainer.config import ModelConfig
 from trainer.model import Batch, OneRec
@@ -54,6 +54,7 @@ def fit_sequences(
     """
     if held is None:
         sequences, held = split(sequences, training.seed)
+    held = few(held)
     rows = [np.asarray(sequence, np.int64) for sequence in sequences]
     places = [(number, start) for number, row in enumerate(rows) for start in range(len(row))]
     if not any(len(row) > 1 for row in rows):
@@ -76,7 +77,9 @@ def fit_sequences(
             stats = optimizer.step(lambda model, batch=batch: model.loss(batch))  # type: ignore[misc]
             total += float(stats["ntp"]) * stats["tokens"]
             codes += stats["tokens"]
-        epoch = Epoch(number, total / codes, *_validate(ranker, held))
+        # An item that no beam reached has no likelihood from them: that of the codes is asked for instead.
+        ndcg, _ = validate(ranker.log_probs, held, len(item_codes))
+        epoch = Epoch(number, total / codes, ndcg, ranker.likelihood(held.histories, held.targets))
         heard(epoch)
         if stopping.done(epoch):
             break
@@ -155,9 +158,3 @@ def to_batch(
         target_mask[row, : len(after)] = True
     arrays = (history, history_mask, targets, target_mask)
     return Batch(*(torch.from_numpy(array).to(device) for array in arrays))
-
-
-def _validate(ranker: BeamRanker, held: Held) -> tuple[float, float]:
-    """NDCG@10 and mean log P of the held-out items."""
-    ndcg = ndcg10(ranker.log_probs(held.histories), held.targets)
-    return ndcg, ranker.likelihood(held.histories, held.targets)
