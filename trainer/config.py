@@ -100,7 +100,7 @@ class RewardConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     """
 
     train: bool = True
-    learning_rate: Annotated[float, Meta(gt=0)] = 1e-3
+    learning_rate: Annotated[float, Meta(gt=0)] = 4e-3
     swt: Annotated[float, Meta(ge=0)] = 1.0
     vtr: Annotated[float, Meta(ge=0)] = 1.0
     wtr: Annotated[float, Meta(ge=0)] = 1.0
