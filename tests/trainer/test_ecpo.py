@@ -6,7 +6,7 @@ import msgspec
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from exporter.trie import build_trie
@@ -34,11 +34,13 @@ def objective(log_ratio, advantage, delta=DELTA):
 
 
 @pytest.mark.parametrize("delta", [DELTA, None])
+@settings(deadline=None)
 @given(advantage=ADVANTAGES)
 def test_at_ratio_1_value_and_gradient_are_the_advantage(delta, advantage):
     assert objective(0.0, advantage, delta) == pytest.approx((advantage, advantage))
 
 
+@settings(deadline=None)
 @given(LOG_RATIOS, ADVANTAGES)
 def test_grpos_clipping_in_closed_form(log_ratio, advantage):
     ratio = math.exp(log_ratio)
@@ -49,6 +51,7 @@ def test_grpos_clipping_in_closed_form(log_ratio, advantage):
     assert slope == pytest.approx(0.0 if still else ratio * advantage)
 
 
+@settings(deadline=None)
 @given(LOG_RATIOS, ADVANTAGES)
 def test_early_clipping_in_closed_form(log_ratio, advantage):
     ratio = min(math.exp(log_ratio), 1 + EPSILON + DELTA)
@@ -71,6 +74,7 @@ def test_good_sessions_learn_as_under_grpo():
         assert objective(log_ratio, 1.5)[1] == pytest.approx(objective(log_ratio, 1.5, delta=None)[1])
 
 
+@settings(deadline=None)
 @given(st.lists(st.lists(st.floats(0.0, 1.0), min_size=5, max_size=5), min_size=1, max_size=4))
 def test_advantages_are_standard_within_their_group(groups):
     rewards = np.array(groups)

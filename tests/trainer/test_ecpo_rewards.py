@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from exporter.trie import build_trie
@@ -27,6 +27,7 @@ def reward_model(history_length=3):
     ).eval()
 
 
+@settings(deadline=None)
 @given(st.lists(st.tuples(st.integers(0, 4), st.integers(0, 4)), min_size=3, max_size=3))
 def test_legal_is_what_can_be_made_of_items_without_using_one_twice(session):
     left = [tuple(row) for row in TUPLES.tolist()]

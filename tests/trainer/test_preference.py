@@ -5,7 +5,7 @@ import math
 import msgspec
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from onerec.errors import UserError
@@ -55,6 +55,7 @@ def test_log_2_where_policy_and_reference_agree(name):
     assert up < 0 < down and up == pytest.approx(-down)
 
 
+@settings(deadline=None)
 @given(LOG_PROBS, LOG_PROBS, LOG_PROBS, LOG_PROBS, BETAS)
 def test_dpo_in_closed_form(win, lose, rw, rl, beta):
     h = (win - rw) - (lose - rl)
@@ -63,6 +64,7 @@ def test_dpo_in_closed_form(win, lose, rw, rl, beta):
     assert up == pytest.approx(-beta * sigmoid(-beta * h)) and down == pytest.approx(-up)
 
 
+@settings(deadline=None)
 @given(LOG_PROBS, LOG_PROBS, LOG_PROBS, LOG_PROBS, BETAS)
 def test_ipo_in_closed_form(win, lose, rw, rl, beta):
     h = (win - rw) - (lose - rl)
@@ -80,6 +82,7 @@ def test_ipo_has_its_minimum_at_half_of_one_over_beta():
         assert evaluate(config, best - 21.0, -20.0)[1] < 0 < evaluate(config, best - 19.0, -20.0)[1]
 
 
+@settings(deadline=None)
 @given(LOG_PROBS, LOG_PROBS, BETAS, SMOOTHINGS)
 def test_cdpo_and_rdpo_in_closed_form(win, lose, beta, epsilon):
     h = win - lose
@@ -102,6 +105,7 @@ def test_without_smoothing_they_are_dpo(name):
     assert near == pytest.approx(evaluate(config_of("dpo", beta=0.3), -18.0, -20.0), rel=1e-5)
 
 
+@settings(deadline=None)
 @given(LOG_PROBS, LOG_PROBS, BETAS, st.floats(0.01, 0.45))
 def test_rdpo_of_flipped_labels_is_dpo_in_the_mean(win, lose, beta, epsilon):
     robust = config_of("rdpo", beta=beta, label_smoothing=epsilon)
@@ -115,6 +119,7 @@ def test_cdpo_is_least_where_the_label_is_believed_as_often_as_it_is_right():
     assert evaluate(config, h - 20.0, -20.0)[1] == pytest.approx(0.0, abs=1e-9)
 
 
+@settings(deadline=None)
 @given(LOG_PROBS, LOG_PROBS, BETAS)
 def test_cpo_in_closed_form_with_its_likelihood_term(win, lose, beta):
     value, up, down = evaluate(config_of("cpo", beta=beta), win, lose)
@@ -123,6 +128,7 @@ def test_cpo_in_closed_form_with_its_likelihood_term(win, lose, beta):
     assert up == pytest.approx(-pull - 1 / CODES) and down == pytest.approx(pull)
 
 
+@settings(deadline=None)
 @given(LOG_PROBS, LOG_PROBS, BETAS, st.floats(0.0, 2.0), st.integers(1, 30))
 def test_simpo_in_closed_form_per_code_and_with_its_margin(win, lose, beta, gamma, codes):
     value, up, down = evaluate(config_of("simpo", beta=beta, gamma=gamma), win, lose, codes=codes)
@@ -136,6 +142,7 @@ def test_simpo_is_log_2_where_the_mean_code_leads_by_the_margin():
     assert value == pytest.approx(math.log(2))
 
 
+@settings(deadline=None)
 @given(LOG_PROBS, st.lists(LOG_PROBS, min_size=1, max_size=4), BETAS)
 def test_s_dpo_in_closed_form(win, losers, beta):
     value, up, *down = evaluate(config_of("s-dpo", beta=beta, rejected=len(losers)), win, losers)
@@ -148,6 +155,7 @@ def test_s_dpo_in_closed_form(win, losers, beta):
     assert down == pytest.approx([pull * math.exp(x - total) for x in each], abs=1e-12)
 
 
+@settings(deadline=None)
 @given(LOG_PROBS, LOG_PROBS, LOG_PROBS, LOG_PROBS, BETAS)
 def test_s_dpo_with_one_loser_is_dpo(win, lose, rw, rl, beta):
     ours = evaluate(config_of("s-dpo", beta=beta), win, lose, rw, rl)
