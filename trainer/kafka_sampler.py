@@ -24,7 +24,7 @@ from streaming.kafka.settings import KafkaConfig
 from streaming.kafka.tail import Delay, Tail
 from streaming.kafka.topics import require, topic_ids
 from trainer.checkpoint import Checkpoint
-from trainer.pairs import PairIndex, PairLog, PairReader, Record, decode_record, encode_record, is_sampled, pairs_path
+from trainer.pairs import SCAN, PairIndex, PairLog, PairReader, Record, decode_record, encode_record, is_sampled, pairs_path
 from trainer.sampler import POLL_SECONDS, Sampler, Say, Snapshots, Waiting, check_sampling
 from trainer.sampler_stats import Meter, Stats, stats_path
 
@@ -93,7 +93,7 @@ class KafkaSource(Closing):
         """Reads on; those are due that ended before the checkpoint's watermark, so that M_t has learnt them."""
         self._until = checkpoint.watermark
         self._stream.read(0.05)
-        while records := self._reader.read(self.index.last, READ):
+        while records := self._reader.read(self.index.last, SCAN):
             for record in records:
                 self.index.note(record)
 

@@ -12,7 +12,7 @@ import os
 import struct
 import zlib
 from bisect import bisect_right
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TypeVar
@@ -26,6 +26,10 @@ from onerec.files import sync_path
 MAGIC = b"ORPAIR1\n"
 _HEADER = struct.Struct("<III")
 _LONGEST = 1 << 26
+SCAN = 1_000
+"""Records read at a stretch where a log is gone through."""
+BACK = 4_096
+"""Records whose ends a reader remembers: who takes fewer than it read comes back for the rest."""
 
 
 class Pair(msgspec.Struct, frozen=True, kw_only=True, tag="pair"):
@@ -207,16 +211,11 @@ class PairLog(PairIndex, Closing):
 
     def _read(self) -> int:
         """Take in what the file holds; the byte behind the last whole frame, 0 for a file that holds nothing yet."""
-        data = self.path.read_bytes()
-        if len(data) < len(MAGIC) and MAGIC.startswith(data):
-            return 0
-        if not data.startswith(MAGIC):
-            raise UserError(f"{self.path} is not a pair log; move it away, or give another --run")
-        whole = len(MAGIC)
-        for end, record in _frames(self.path, data[whole:], whole, 0):
-            whole = end
-            self.note(record)
-        return whole
+        with PairReader(self.path) as reader:
+            while records := reader.read(self.last, SCAN):
+                for record in records:
+                    self.note(record)
+            return reader.end
 
     def append(self, records: Sequence[Record]) -> list[Record]:
         """Write records with the numbers that follow, whatever they say themselves, and force them to the disk."""
@@ -246,12 +245,17 @@ class PairLog(PairIndex, Closing):
 
 
 class PairReader(Closing):
-    """Reads a pair log beside its writer. A frame not yet whole is not there yet; nothing blocks."""
+    """Reads a pair log beside its writer. A frame not yet whole is not there yet; nothing blocks.
+
+    `end`: the byte behind the last record read, 0 where the file holds nothing yet.
+    """
 
     def __init__(self, path: Path) -> None:
         self.path = path
+        self.end = 0
         self._file = -1
         self._place, self._number = len(MAGIC), 0
+        self._ends: deque[tuple[int, int]] = deque(maxlen=BACK)
 
     def read(self, after: int, limit: int) -> list[Record]:
         """At most `limit` records whose number is greater than `after`, in order.
@@ -261,7 +265,7 @@ class PairReader(Closing):
         if not self._open():
             return []
         if after < self._number:
-            self._place, self._number = len(MAGIC), 0
+            self._go_back(after)
         found: list[Record] = []
         while len(found) < limit:
             size = os.fstat(self._file).st_size
@@ -276,11 +280,19 @@ class PairReader(Closing):
                 if len(found) == limit:
                     break
                 self._place, self._number = end, record.number
+                self._ends.append((record.number, end))
                 if record.number > after:
                     found.append(record)
             if self._place == before:
                 break
+        self.end = self._place
         return found
+
+    def _go_back(self, after: int) -> None:
+        """To behind record `after`, where that was read of late, else to the beginning."""
+        while self._ends and self._ends[-1][0] > after:
+            self._ends.pop()
+        self._number, self._place = self._ends[-1] if self._ends else (0, len(MAGIC))
 
     def _open(self) -> bool:
         """Whether the file is there, with its first line."""

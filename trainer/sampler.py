@@ -65,12 +65,12 @@ class Snapshots:
         steps = checkpoint_steps(self._run_dir)
         if not steps or steps[-1] == self._tried:
             return False
+        self._tried = steps[-1]
         found, faults = newest_checkpoint(self._run_dir)
         for fault in faults:
             self._tell(f"passed over: {fault}")
         if found is None or (self.checkpoint is not None and found.step <= self.checkpoint.step):
             return False
-        self._tried = steps[-1]
         sessions = found.counters.get("sessions", 0)
         if sessions < self._config.preference.seed_sessions:
             self._tell(f"waiting for a seed model: {self._config.preference.seed_sessions:,} sessions learnt")

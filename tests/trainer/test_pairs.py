@@ -52,12 +52,32 @@ def test_records_are_numbered_in_order_and_read_from_any_place(path: Path) -> No
         assert log.pairs_between(0, 4) == [1, 1] and log.pairs_between(1, 3) == [1] and log.pairs_between(3, 4) == []
 
 
+def test_a_reader_that_comes_back_for_the_rest_gets_the_same_records(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("trainer.pairs.BACK", 4)
+    with PairLog(path) as log:
+        written = log.append([drop(number) for number in range(1, 21)])
+    places: list[int] = []
+    pread = os.pread
+
+    def counted(file: int, size: int, place: int) -> bytes:
+        places.append(place)
+        return pread(file, size, place)
+
+    monkeypatch.setattr(os, "pread", counted)
+    with PairReader(path) as reader:
+        for after, limit in ((0, 10), (7, 10), (9, 2), (3, 5), (18, 9), (0, 20)):
+            assert reader.read(after, limit) == written[after : after + limit]
+        places.clear()
+        assert reader.read(17, 20) == written[17:]
+        assert min(place for place in places if place) > 200, "not from the beginning"
+
+
 def test_a_tail_cut_at_any_byte_is_not_read_and_is_replaced(path: Path) -> None:
     with PairLog(path) as log:
         log.append([pair(1), drop(2)])
         whole = path.stat().st_size
         log.append([drop(3)])
-    data = path.read_bytes()
+    data = path.places()
     for size in range(whole, len(data), 3):
         path.write_bytes(data[:size])
         with PairReader(path) as reader:
@@ -77,7 +97,7 @@ def test_a_tail_cut_at_any_byte_is_not_read_and_is_replaced(path: Path) -> None:
 def test_zeros_that_a_power_failure_left_are_cut(path: Path) -> None:
     with PairLog(path) as log:
         log.append([pair(1)])
-    path.write_bytes(path.read_bytes() + bytes(4096))
+    path.write_bytes(path.places() + bytes(4096))
     assert [record.sequence for record in read(path)] == [1]
     with PairLog(path) as log:
         log.append([drop(2)])
@@ -87,7 +107,7 @@ def test_zeros_that_a_power_failure_left_are_cut(path: Path) -> None:
 def test_a_flipped_bit_anywhere_before_the_tail_is_refused_by_name(path: Path) -> None:
     with PairLog(path) as log:
         log.append([pair(1), pair(2)])
-    data = path.read_bytes()
+    data = path.places()
     for place in range(8, len(data), 11):
         path.write_bytes(data[:place] + bytes([data[place] ^ 4]) + data[place + 1 :])
         with pytest.raises(UserError, match=r"pairs\.log is damaged at byte \d+: .*new --run"):
@@ -103,7 +123,7 @@ def test_a_missing_record_is_refused(path: Path, tmp_path: Path) -> None:
         log.append([drop(2)])
         second = path.stat().st_size
         log.append([drop(3)])
-    data = path.read_bytes()
+    data = path.places()
     path.write_bytes(data[:first] + data[second:])
     with pytest.raises(UserError, match="record 3 stands where 2 belongs"):
         read(path)
