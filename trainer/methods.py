@@ -44,7 +44,7 @@ class Alignment(msgspec.Struct, frozen=True, kw_only=True):
     its sum of log-ratios; the others have their own constants; `rejected`: losers of S-DPO.
     """
 
-    share: float = 1.0
+    share: float = 0.5
     passes: int = 1
     snapshots: int = 4
     ratio: float = 0.1
@@ -58,11 +58,11 @@ class Alignment(msgspec.Struct, frozen=True, kw_only=True):
 class Reinforcement(msgspec.Struct, frozen=True, kw_only=True):
     """ECPO after the seed model: `steps` of `users` users with `group` sessions each."""
 
-    steps: int = 40
-    users: int = 16
+    steps: int = 60
+    users: int = 8
     group: int = 16
     updates: int = 2
-    learning_rate: float = 1e-4
+    learning_rate: float = 5e-4
 
 
 class Settings(msgspec.Struct, frozen=True, kw_only=True):
@@ -70,8 +70,8 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
 
     width: int = 32
     cases: int = 200
-    passes: int = 8
-    tiger_passes: int = 8
+    passes: int = 3
+    tiger_passes: int = 3
     learning_rate: float = 1e-3
     batch_windows: int = 32
     precision: Literal["auto", "fp32", "bf16"] = "auto"
@@ -343,20 +343,26 @@ def _ecpo(task: Task) -> Trained:
     import torch
 
     from exporter.trie import build_trie
-    from trainer.checkpoint import load_model
+    from trainer.checkpoint import load_model, load_optimizer
     from trainer.ecpo import EcpoConfig, reinforce
+    from trainer.optim import Optimizer
     from trainer.policy_rewards import PolicyRewards
 
-    given, codes = task.settings.reinforcement, task.catalogue.item_codes
-    model = load_model(task.checkpoint("onerec"))
+    given, codes, checkpoint = task.settings.reinforcement, task.catalogue.item_codes, task.checkpoint("onerec")
+    model = load_model(checkpoint)
     rewards = PolicyRewards(build_trie(codes, model.config.codes), task.reward_model, task.settings.reward)
     config = EcpoConfig(
         users=given.users, group=given.group, updates=given.updates, learning_rate=given.learning_rate
     )
+    optimizer = Optimizer(
+        model, learning_rate=config.learning_rate, clip_norm=config.clip_norm, precision=config.precision
+    )
+    # A fresh Adam begins with steps of the sign's size, which would throw the policy far off.
+    optimizer.load_state_dict(load_optimizer(checkpoint)["optimizer"])
     steps = list(
         reinforce(
             model, _newest(task), codes, rewards, config, generator=torch.Generator().manual_seed(task.seed),
-            steps=given.steps,
+            steps=given.steps, optimizer=optimizer,
         )
     )
     notes = {"steps": len(steps), "first_reward": steps[0].reward, "last_reward": steps[-1].reward}

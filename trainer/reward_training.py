@@ -28,10 +28,10 @@ HELD_OUT = 0.1
 class RewardTraining(msgspec.Struct, frozen=True, kw_only=True):
     """How long and how fast; `epochs` is a bound, training stops once the held-out loss has not fallen for `patience`."""
 
-    epochs: int = 8
-    patience: int = 2
+    epochs: int = 4
+    patience: int = 1
     batch_sessions: int = 64
-    learning_rate: float = 1e-3
+    learning_rate: float = 4e-3
     seed: int = 0
 
 
