@@ -77,7 +77,7 @@ def test_a_tail_cut_at_any_byte_is_not_read_and_is_replaced(path: Path) -> None:
         log.append([pair(1), drop(2)])
         whole = path.stat().st_size
         log.append([drop(3)])
-    data = path.places()
+    data = path.read_bytes()
     for size in range(whole, len(data), 3):
         path.write_bytes(data[:size])
         with PairReader(path) as reader:
@@ -97,7 +97,7 @@ def test_a_tail_cut_at_any_byte_is_not_read_and_is_replaced(path: Path) -> None:
 def test_zeros_that_a_power_failure_left_are_cut(path: Path) -> None:
     with PairLog(path) as log:
         log.append([pair(1)])
-    path.write_bytes(path.places() + bytes(4096))
+    path.write_bytes(path.read_bytes() + bytes(4096))
     assert [record.sequence for record in read(path)] == [1]
     with PairLog(path) as log:
         log.append([drop(2)])
@@ -107,7 +107,7 @@ def test_zeros_that_a_power_failure_left_are_cut(path: Path) -> None:
 def test_a_flipped_bit_anywhere_before_the_tail_is_refused_by_name(path: Path) -> None:
     with PairLog(path) as log:
         log.append([pair(1), pair(2)])
-    data = path.places()
+    data = path.read_bytes()
     for place in range(8, len(data), 11):
         path.write_bytes(data[:place] + bytes([data[place] ^ 4]) + data[place + 1 :])
         with pytest.raises(UserError, match=r"pairs\.log is damaged at byte \d+: .*new --run"):
@@ -123,7 +123,7 @@ def test_a_missing_record_is_refused(path: Path, tmp_path: Path) -> None:
         log.append([drop(2)])
         second = path.stat().st_size
         log.append([drop(3)])
-    data = path.places()
+    data = path.read_bytes()
     path.write_bytes(data[:first] + data[second:])
     with pytest.raises(UserError, match="record 3 stands where 2 belongs"):
         read(path)
