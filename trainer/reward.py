@@ -261,8 +261,8 @@ class RewardModel(nn.Module):
     def forward(self, history: Tensor, history_mask: Tensor, sessions: Tensor, session_mask: Tensor) -> Tensor:
         """Logits `[B, W, 4]` of windows `sessions` int64 `[B, W, m, L]`, `session_mask` bool `[B, W, m]`.
 
-        history int64 [B, T, L] and history_mask bool [B, T]: right-padded, oldest first. A window without a real item
-        gets a finite logit that means nothing.
+        history int64 [B, T, L] and history_mask bool [B, T]: right-padded, oldest first; m at most `session_items`, fewer
+        are as if padded. A window without a real item gets a finite logit that means nothing.
         """
         return self._towers(*self._aware(self.content(history), history_mask, sessions), session_mask)
 
@@ -282,15 +282,16 @@ class RewardModel(nn.Module):
         How alike the items before are goes in as it is: of more of the same people tire, and a softmax, whose weights
         sum to 1, cannot count.
         """
+        count, most = aware.shape[2], self.config.session_items
         h, items, mask = aware.flatten(0, 1), items.flatten(0, 1), session_mask.flatten(0, 1)
-        h = h + self.position
-        if self.earlier is not None:
+        h = h + self.position[:count]
+        if self.earlier is not None and count > 1:
             alike = items @ items.transpose(1, 2) * mask.unsqueeze(1)
-            before = [F.pad(alike.diagonal(-back, 1, 2), (back, 0)) for back in range(1, self.config.session_items)]
-            h = h + self.earlier(SIMILARITY_GAIN * torch.stack(before, dim=-1))
+            before = torch.stack([F.pad(alike.diagonal(-back, 1, 2), (back, 0)) for back in range(1, count)], dim=-1)
+            h = h + self.earlier(SIMILARITY_GAIN * F.pad(before, (0, most - count)))
         for layer in self.session:
             h = layer(h, mask)
-        total = (F.gelu(h) * mask.unsqueeze(-1)).sum(1) * self.config.session_items**-0.5
+        total = (F.gelu(h) * mask.unsqueeze(-1)).sum(1) * most**-0.5
         return torch.cat([tower(total) for tower in self.towers], dim=-1).unflatten(0, session_mask.shape[:2])
 
     def loss(self, batch: RewardBatch) -> tuple[Tensor, dict[str, Any]]:

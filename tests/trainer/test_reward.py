@@ -89,13 +89,13 @@ def test_the_target_aware_item_is_the_mean_similarity_of_what_each_head_attends_
     similarities, nothing = [], []
     for head, part in enumerate((slice(0, 8), slice(8, 16))):
         query = attention.query.weight[part] @ item
-        scores = [float(attention.no_history[head])]
+        scores = [attention.no_history[head].item()]
         for place in range(known):
             age = known - 1 - place
-            scores.append(float(query @ (attention.key.weight[part] @ past[place]) + attention.recency[age, head]))
+            scores.append((query @ (attention.key.weight[part] @ past[place]) + attention.recency[age, head]).item())
         weights = np.exp(scores) / np.exp(scores).sum()
         nothing.append(weights[0])
-        similarities.append(4.0 * sum(w * float(item @ one) for w, one in zip(weights[1:], past, strict=True)))
+        similarities.append(4.0 * sum(w * (item @ one).item() for w, one in zip(weights[1:], past, strict=True)))
     seen = torch.tensor([*similarities, *nothing], dtype=torch.float32)
     features = torch.cat((model.side(batch.sessions[user, 0, 0]), attention.own(item), seen))
     aware, _ = model._aware(model.content(batch.history), batch.history_mask, batch.sessions)
@@ -160,6 +160,15 @@ def test_padding_decides_nothing():
     same(logits_of(model, longer)[:, :3][real], expected[real])
     assert logits_of(model, longer).isfinite().all()
     same(model.loss(longer)[0], model.loss(batch)[0])
+
+
+@pytest.mark.parametrize("count", [1, 2, 4])
+def test_fewer_columns_are_as_if_padded(count):
+    model, batch = model_of(), batch_of(4)
+    mask = batch.session_mask & (torch.arange(5) < count)
+    fewer = batch._replace(sessions=batch.sessions[:, :, :count], session_mask=mask[:, :, :count])
+    real = mask.any(-1)
+    same(logits_of(model, fewer)[real], logits_of(model, batch._replace(session_mask=mask))[real])
 
 
 def test_windows_and_users_are_judged_each_for_itself():
