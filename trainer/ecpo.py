@@ -13,16 +13,17 @@ Format reward, as published: K of the G sessions at random; the legal ones have 
 others are discarded, since pushing them down squeezes probability onto whatever else is likely, legal or not.
 
 What is ours, where the report leaves it open: o is a whole session, and π(o|u) the product over its m·L codes; std is the
-population's; π_old is the policy at the beginning of a step, which then makes `updates` updates on the same sessions;
-groups whose rewards are all equal teach nothing and are skipped and counted; illegal sessions earn no reward and are no
-group members; the mean over K counts the discarded, so that the format term's gradient is that of the probability of a
-legal session.
+population's; π_old is the policy at the beginning of a step, or of up to `renew` - 1 steps before (the report's is older
+because serving lags), and a step makes `updates` updates on the same sessions; groups whose rewards are all equal teach
+nothing and are skipped and counted; illegal sessions earn no reward and are no group members; the mean over K counts the
+discarded, so that the format term's gradient is that of the probability of a legal session.
 
 Shapes: B users, G sessions of a group, K sessions of the format reward, N = G + K or G, m items, L levels.
 """
 
 from __future__ import annotations
 
+import copy
 import math
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -53,7 +54,8 @@ class EcpoConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
     """Reinforcement; the report gives ε, δ and the form, the sizes are for a small model on a CPU.
 
     `users`, `group`: B and G of a step. `epsilon`, `delta`: ε and δ; delta None is GRPO's clipping, for comparison.
-    `updates`: updates on the sessions of a step; with 1 the ratio is always 1. `weight`, `ntp_weight`, `format_weight`: of
+    `updates`: updates on the sessions of a step; `renew`: steps between renewals of π_old, which draws them; with both 1
+    the ratio is always 1. `weight`, `ntp_weight`, `format_weight`: of
     J, of next-token prediction and of the format reward (0: off; legality is measured all the same). `format_sessions`: K.
     `source`: what the groups are drawn from: "trie", the sessions that serving could give, all of them legal; "free", as
     published, all codes, of which the K are a part. `precision` fp32: two passes in bf16 differ by as much as ε.
@@ -64,6 +66,7 @@ class EcpoConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
     epsilon: Annotated[float, Meta(gt=0, lt=1)] = 0.2
     delta: Annotated[float, Meta(gt=0)] | None = 0.1
     updates: Positive = 2
+    renew: Positive = 1
     learning_rate: Annotated[float, Meta(gt=0)] = 1e-4
     clip_norm: Annotated[float, Meta(gt=0)] = 1.0
     weight: Annotated[float, Meta(ge=0)] = 1.0
@@ -75,7 +78,7 @@ class EcpoConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
 
 
 class Step(msgspec.Struct, frozen=True, kw_only=True):
-    """A step: what was drawn before it, and its updates.
+    """A step: what was drawn before it, from π_old, and its updates.
 
     `legal`, `legal_items`: shares of sessions and of items drawn without the trie that are legal; `entropy` [L] in nats;
     `reward`: mean of the legal sessions' R(u, S); `industrial`: of the user's function, None without. `groups` learnt,
@@ -180,10 +183,13 @@ def reinforce(
     optimizer = optimizer or Optimizer(
         model, learning_rate=config.learning_rate, clip_norm=config.clip_norm, precision=config.precision
     )
+    old = model
     for number in range(1, steps + 1):
         began = time.perf_counter()
         model.eval()
-        drawn, figures = _draw(model, _some(examples, config.users, generator), item_codes, rewards, config, generator)
+        if config.renew > 1 and (number - 1) % config.renew == 0:
+            old = copy.deepcopy(model)
+        drawn, figures = _draw(old, _some(examples, config.users, generator), item_codes, rewards, config, generator)
         updates = [
             _update(optimizer, drawn, _some(examples, config.users, generator), item_codes, config)
             for _ in range(config.updates)
@@ -221,7 +227,7 @@ def _draw(
     config: EcpoConfig,
     generator: torch.Generator,
 ) -> tuple[_Drawn, dict[str, Any]]:
-    """Sessions from the policy as it is now, which is π_old, and what they earn."""
+    """Sessions from `model`, which is π_old, and what they earn."""
     batch = _batch(model, users, item_codes)
     history, mask, device = batch.history, batch.history_mask, batch.history.device
     if config.source == "free":

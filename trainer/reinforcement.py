@@ -93,7 +93,7 @@ def reinforce_run(
     user = None
     if industrial is not None:
         name, function = industrial
-        ids = list(catalogue.index)[: checkpoint.items]
+        ids = catalogue.item_ids[: checkpoint.items]
         user = IndustrialReward(function, ids, name=name, warn=say)
     trie = build_trie(item_codes, checkpoint.model_config.codes)
     rewards = PolicyRewards(trie, reward_model, run.reward, industrial=user, industrial_weight=industrial_weight)

@@ -183,6 +183,13 @@ def test_the_first_update_of_a_step_has_ratio_1_and_the_policy_gradient():
     assert step.gradient == pytest.approx(_policy_gradient_norm(), rel=1e-3)
 
 
+def test_an_old_policy_draws_until_it_is_renewed():
+    _, fresh = run(4, updates=1, learning_rate=1e-2, ntp_weight=0.0)
+    _, stale = run(4, updates=1, learning_rate=1e-2, ntp_weight=0.0, renew=3)
+    assert all(step.ratio == pytest.approx(1.0, abs=1e-3) for step in fresh)
+    assert [step.ratio > 1.05 for step in stale] == [False, True, True, False]
+
+
 def _policy_gradient_norm():
     from trainer.data import to_arrays
     from trainer.rollout import sample_sessions
