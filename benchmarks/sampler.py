@@ -155,7 +155,7 @@ def main() -> None:
     cores = sorted(os.sched_getaffinity(0))[:2]
     if len(cores) < 2:
         raise SystemExit("benchmarks/sampler.py: the sampler needs a core of its own; give the process two")
-    users, days = (250, 2) if asked.quick else (1000, 4)
+    users, days = (250, 2) if asked.quick else (1000, 3)
     found: dict[str, Any] = {"search": search_speed(3.0 if asked.quick else 10.0)}
     console.print(
         "tiny, N = 128: {pairs_per_cpu_second:.2f} pairs, {sessions_per_cpu_second:.0f} sessions generated a CPU second"
@@ -175,6 +175,7 @@ def main() -> None:
             run = Path(folder) / name
             shutil.copytree(seeds["NTP only" if name == "NTP only" else "with reward model"], run)
             row = found[name] = measure(state, run, settings, (cores[0], cores[1]), "ratio=0.0" in settings[-1])
+            console.print(name, json.dumps(row), highlight=False, soft_wrap=True)
             base = found["NTP only"]
             row["of_ntp_only"] = row["trainer_sessions_per_second"] / base["trainer_sessions_per_second"]
             row["of_ntp_only_cpu"] = row["sessions_per_cpu_second"] / base["sessions_per_cpu_second"]
