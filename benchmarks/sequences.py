@@ -1,11 +1,14 @@
 """Item sequences of KuaiRand-Pure for `onerec import sequences`: long watches in order, each item once.
 
     ONEREC_DATA=…/kuairand-pure python benchmarks/sequences.py OUT.txt [--users 2000] [--seed 0] [--check]
+    python benchmarks/sequences.py OUT.txt --planted
 
 A user's line: the long watches of his earlier history, then those of the nine days of events; an item stays where it was
 first, as in the published files; users with fewer than five items are left out, a seeded sample of `--users` is kept.
 Prints counts. `--check` then fits SASRec of RecTools (`pip install 'rectools[torch]'`) on the same split, to compare with
-`onerec leave-one-out`. The file is made of the data, so it falls under the data's licence (CC BY-SA 4.0).
+`onerec leave-one-out`. `--planted` needs no data: 300 users walk along a random permutation of 60 items, and one step in
+ten goes anywhere. The file of the log is made of the data, so it falls under its licence (CC BY-SA
+4.0).
 """
 
 from __future__ import annotations
@@ -45,6 +48,31 @@ def long_watches(data: Path) -> dict[str, list[str]]:
     return {user: list(items) for user, items in found.items() if len(items) >= LEAST}
 
 
+def planted(seed: int) -> dict[str, list[str]]:
+    """Walks of 1 to 11 items, nine steps in ten to the one follower of an item."""
+    rng = np.random.default_rng(seed)
+    follower = rng.permutation(60)
+    found = {}
+    for user in range(300):
+        item, walk = int(rng.integers(60)), []
+        for _ in range(rng.integers(1, 12)):
+            walk.append(f"i{item}")
+            item = int(follower[item]) if rng.random() < 0.9 else int(rng.integers(60))
+        found[f"u{user}"] = walk
+    return found
+
+
+def sample(users: int, seed: int) -> dict[str, list[str]]:
+    """Long watches of some users of the log that ONEREC_DATA names."""
+    data = os.environ.get("ONEREC_DATA")
+    if not data:
+        sys.exit("set ONEREC_DATA to the folder of KuaiRand-Pure (events_*.csv.gz, history_before_*.jsonl.gz)")
+    every = long_watches(Path(data))
+    names = sorted(every)
+    chosen = np.random.default_rng(seed).choice(len(names), min(users, len(names)), replace=False)
+    return {names[place]: every[names[place]] for place in sorted(chosen)}
+
+
 def rectools_sasrec(dataset: Dataset, epochs: int, seed: int) -> dict[str, float]:
     """HR and NDCG of RecTools' SASRec (softmax over the catalogue, 64 wide) on the test items."""
     import pandas as pd
@@ -80,22 +108,15 @@ def main() -> None:
     parser.add_argument("out", type=Path)
     parser.add_argument("--users", type=int, default=2000)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--planted", action="store_true", help="a made-up file with a known best")
     parser.add_argument("--check", action="store_true", help="fit RecTools' SASRec on the same split")
     parser.add_argument("--epochs", type=int, nargs="+", default=[10, 20], help="of RecTools' SASRec, one row each")
     options = parser.parse_args()
-    data = os.environ.get("ONEREC_DATA")
-    if not data:
-        sys.exit("set ONEREC_DATA to the folder of KuaiRand-Pure (events_*.csv.gz, history_before_*.jsonl.gz)")
-    every = long_watches(Path(data))
-    rng = np.random.default_rng(options.seed)
-    users = sorted(every)
-    chosen = rng.choice(len(users), min(options.users, len(users)), replace=False)
-    kept = {users[place]: every[users[place]] for place in sorted(chosen)}
+    kept = planted(options.seed) if options.planted else sample(options.users, options.seed)
     options.out.write_text("".join(f"{user} {' '.join(items)}\n" for user, items in kept.items()), encoding="utf-8")
     lengths = [len(items) for items in kept.values()]
     items = {item for row in kept.values() for item in row}
-    print(f"{len(kept):,} of {len(every):,} users, {len(items):,} items, {sum(lengths):,} long watches, "
-          f"median {np.median(lengths):.0f} a user")
+    print(f"{len(kept):,} users, {len(items):,} items, {sum(lengths):,} in all, median {np.median(lengths):.0f} a user")
     if options.check:
         dataset = import_sequences(options.out, levels=1, size=1)
         for epochs in options.epochs:
