@@ -16,8 +16,8 @@ from onerec.errors import Failure, UserError
 
 T = TypeVar("T")
 
-TIMEOUT_SECONDS = 600.0
-"""How long a rank waits for the others: longer than the leader may need for a checkpoint."""
+TIMEOUT_SECONDS = 1800.0
+"""How long a rank waits for the others: longer than the leader may need for a catalogue or a checkpoint."""
 
 
 class Ranks:
