@@ -11,7 +11,7 @@ import math
 import zlib
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import msgspec
 import numpy as np
@@ -66,6 +66,12 @@ class Line(msgspec.Struct, frozen=True, kw_only=True):
     scores: dict[str, Scores]
     preference: PreferenceLine | None = None
     reward_loss: float | None = None
+
+
+def finite(value: Any) -> float | None:
+    """A number or a tensor of one as a float; None where it is not finite."""
+    number = float(value)
+    return number if math.isfinite(number) else None
 
 
 def rank_scores(ranked: Sequence[int], target: int) -> Scores:

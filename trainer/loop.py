@@ -6,7 +6,6 @@ line 13), then all of its sessions with the reward model (eq. 7).
 
 from __future__ import annotations
 
-import os
 import time
 from collections import Counter
 from collections.abc import Callable, Collection
@@ -14,11 +13,10 @@ from pathlib import Path
 from typing import Any
 
 import msgspec
-import numpy as np
 import torch
 
 from onerec.config import Config
-from onerec.errors import Failure, UserError
+from onerec.errors import UserError
 from streaming.semantics import SessionConfig
 from streaming.store import Reader
 from trainer import preference
@@ -27,26 +25,26 @@ from trainer.checkpoint import (
     Checkpoint,
     Cursor,
     load_optimizer,
-    load_reward_weights,
     load_weights,
     newest_checkpoint,
     prune_checkpoints,
     save_checkpoint,
 )
 from trainer.config import RewardModelConfig, TrainConfig
-from trainer.data import Batch, BatchReader, Judged, reward_arrays
-from trainer.evaluate import Line, PreferenceLine, mean_loss, score_baselines
+from trainer.data import Batch, BatchReader
+from trainer.evaluate import Line, finite, mean_loss, score_baselines
 from trainer.items import Catalogue, build_catalogue, load_catalogue, refresh_catalogue
-from trainer.journal import Entry, Journal
+from trainer.journal import Journal
+from trainer.judging import Judging
 from trainer.learner import Learner
 from trainer.model import OneRec
 from trainer.optim import resolve_precision
-from trainer.pairs import Drop, Pair, PairReader, pairs_path
+from trainer.pair_intake import PairIntake, preference_line
 from trainer.parallel import Leader, optimizer_of
 from trainer.presets import preset
 from trainer.ranks import Ranks
-from trainer.reward import RewardBatch, RewardModel, RewardOptimizer
-from trainer.reward_log import PREDICTION, REWARDS_FILE
+from trainer.reward_log import REWARDS_FILE
+from trainer.run_files import RunFile
 from trainer.runs import Run, locked, read_run, settled, write_run
 
 METRICS_FILE = "metrics.jsonl"
@@ -233,30 +231,23 @@ class _Trainer:
         torch.set_num_threads(settings.threads)
         torch.manual_seed(settings.seed)
         self._catalogue = self._load_catalogue()
-        self._checkpoint = self._newest()
+        checkpoint = self._checkpoint = self._newest()
         self._model = OneRec(run.model).to(self._device)
-        if self._checkpoint is not None:
-            self._model.load_state_dict(load_weights(self._checkpoint))
-        leader.begin(run, self._checkpoint)
+        if checkpoint is not None:
+            self._model.load_state_dict(load_weights(checkpoint))
+        leader.begin(run, checkpoint)
         self._optimizer = optimizer_of(run, self._model, ranks)
         self._learner = Learner(run, ranks, self._model, self._optimizer)
         self._baseline = CoVisitation()
-        self._reward = RewardModel(run.reward_model).to(self._device) if run.reward_model else None
-        if self._reward is not None:
-            if self._checkpoint is not None:
-                self._reward.load_state_dict(load_reward_weights(self._checkpoint))
-            elif self._catalogue.centroids is not None:
-                self._reward.start_from(self._catalogue.centroids)
-        self._reward_optimizer = RewardOptimizer(self._reward, run.reward.learning_rate) if self._reward else None
-        if self._checkpoint is not None:
-            self._restore(self._checkpoint)
-        self._counters: Counter[str] = Counter(self._checkpoint.counters if self._checkpoint else {})
-        self._metrics = self._open(METRICS_FILE, self._checkpoint.metrics_bytes if self._checkpoint else 0)
-        self._rewards = self._open(REWARDS_FILE, self._checkpoint.rewards_bytes if self._checkpoint else 0)
-        self._version = self._checkpoint.version if self._checkpoint else 0
-        self._pairs_taken = self._checkpoint.pairs if self._checkpoint else 0
-        self._pairs = PairReader(pairs_path(run_dir))
+        self._metrics = RunFile(run_dir / METRICS_FILE, checkpoint.metrics_bytes if checkpoint else 0, say)
+        self._rewards = RunFile(run_dir / REWARDS_FILE, checkpoint.rewards_bytes if checkpoint else 0, say)
+        self._judging = Judging(run, self._catalogue, checkpoint, self._rewards, self._device)
+        if checkpoint is not None:
+            self._restore(checkpoint)
+        self._counters: Counter[str] = Counter(checkpoint.counters if checkpoint else {})
+        self._version = checkpoint.version if checkpoint else 0
         self._journal = Journal(run_dir / "journal.jsonl")
+        self._pairs = PairIntake(run_dir, run, self._journal, self._counters, checkpoint.pairs if checkpoint else 0)
         self._recent: list[Line] = []
         self._saved_at = time.monotonic()
         self._spent_ms = self._counters["cpu_ms"] - int(1000 * time.process_time())
@@ -327,8 +318,8 @@ class _Trainer:
         if step > saved:
             self._save(step, cursor, batches.watermark(), place[1])
         self._leader.end()
-        os.close(self._metrics)
-        os.close(self._rewards)
+        self._metrics.close()
+        self._rewards.close()
         self._journal.close()
         return Result(
             steps=step,
@@ -351,7 +342,7 @@ class _Trainer:
 
     def _learn(self, step: int, batch: Batch, known: int) -> Line:
         """Score the batch with the weights as they are, then take one step on it, and write its line."""
-        pairs = self._take_pairs(step)
+        pairs = self._pairs.take(step, self._version)
         self._leader.learn(step, batch, self._journal.entry(step), pairs)
         learned = self._learner.learn(batch.examples, pairs, self._catalogue.item_codes, known)
         stats, scores = learned.stats, {}
@@ -364,6 +355,8 @@ class _Trainer:
             if example.fresh:
                 self._baseline.observe(example.history.tolist(), example.targets.tolist())
         self._counters.update(batch.counts)
+        reward_loss, judged = self._judging.learn(step, batch.judged, self._catalogue.item_codes)
+        self._counters["judged_windows"] += judged
         load = stats["expert_load"].float() * self._run.model.experts
         line = Line(
             step=step,
@@ -373,97 +366,18 @@ class _Trainer:
             sessions=len({example.session_id for example in batch.examples}),
             windows=len(batch.examples),
             codes=int(stats["tokens"]),
-            loss=_finite(stats["ntp"]),
-            gradient=_finite(stats["grad_norm"]),
+            loss=finite(stats["ntp"]),
+            gradient=finite(stats["grad_norm"]),
             applied=not stats["skipped"],
             expert_load=(round(float(load.min()), 4), round(float(load.max()), 4)),
             scored=len(learned.scored),
             scores=scores,
-            preference=self._preference_line(pairs, stats["preference"]) if pairs else None,
-            reward_loss=self._judge(step, batch.judged),
+            preference=preference_line(pairs, stats["preference"], self._version) if pairs else None,
+            reward_loss=reward_loss,
         )
         self._recent.append(line)
-        self._append(line)
+        self._metrics.append(msgspec.json.encode(line) + b"\n")
         return line
-
-    def _take_pairs(self, step: int) -> list[Pair]:
-        """The preference pairs that this step learns; in the journal before it does.
-
-        Passed over and counted: what the sampler dropped, pairs of a snapshot more than `max_age` versions old, of another
-        codebook, or from before the seed model had learnt `seed_sessions`. No record is taken twice.
-        """
-        settings, taken = self._run.preference, self._pairs_taken
-        entry = self._journal.entry(step)
-        if self._journal.replays(step):
-            if entry is None or not entry.taken:
-                return []
-            records = self._pairs.read(taken, entry.taken - taken)
-            if not records or records[-1].number != entry.taken:
-                raise UserError(
-                    f"{pairs_path(self._run_dir)} ends before record {entry.taken}, which step {step} of this run has "
-                    "learnt; restore the file, or start a new --run"
-                )
-            self._count_passed(records, set(entry.pairs))
-            learnt = [record for record in records if isinstance(record, Pair) and record.number in entry.pairs]
-        else:
-            records = self._pairs.read(taken, 8 * settings.pairs_per_step)
-            learnt = []
-            for place, record in enumerate(records):
-                if isinstance(record, Pair) and self._passed_over(record) is None:
-                    if len(learnt) == settings.pairs_per_step:
-                        records = records[:place]
-                        break
-                    learnt.append(record)
-            if not records:
-                return []
-            numbers = tuple(pair.number for pair in learnt)
-            self._journal.append(Entry(step=step, pairs=numbers, taken=records[-1].number))
-            self._count_passed(records, set(numbers))
-        self._pairs_taken = records[-1].number
-        return learnt
-
-    def _passed_over(self, pair: Pair) -> str | None:
-        """Why a pair is not learnt; None: it is."""
-        settings = self._run.preference
-        if pair.codebook_version != self._run.codebook_version:
-            return "pairs_other_codebook"
-        if self._version - pair.snapshot_version > settings.max_age:
-            return "pairs_stale"
-        return "pairs_early" if self._counters["sessions"] < settings.seed_sessions else None
-
-    def _count_passed(self, records: Collection[Pair | Drop], learnt: set[int]) -> None:
-        self._counters["pairs_learnt"] += len(learnt)
-        for record in records:
-            if isinstance(record, Drop):
-                self._counters["pairs_dropped"] += 1
-            elif record.number not in learnt:
-                self._counters[self._passed_over(record) or "pairs_stale"] += 1
-
-    def _preference_line(self, pairs: list[Pair], stats: dict[str, Any]) -> PreferenceLine:
-        ages = [self._version - pair.snapshot_version for pair in pairs]
-        return PreferenceLine(
-            pairs=len(pairs),
-            loss=_finite(stats["loss"]),
-            margin=_finite(stats["margin"]),
-            accuracy=_finite(stats["accuracy"]),
-            age=max(ages),
-        )
-
-    def _judge(self, step: int, judged: list[Judged]) -> float | None:
-        """Let the reward model predict all sessions of the batch, keep that, then learn them (eq. 7); its mean loss."""
-        if self._reward_optimizer is None or not judged:
-            return None
-        arrays = reward_arrays(judged, self._catalogue.item_codes)
-        stats = self._reward_optimizer.step(RewardBatch(*(torch.from_numpy(array).to(self._device) for array in arrays)))
-        times = np.concatenate([np.full(len(session.windows), session.ts if session.fresh else -1) for session in judged])
-        fresh = times >= 0
-        rows = np.zeros(int(fresh.sum()), PREDICTION)
-        rows["ts"], rows["step"] = times[fresh], step
-        rows["prediction"] = stats["predictions"].cpu().numpy()[fresh]
-        rows["label"] = stats["labels"].cpu().numpy()[fresh]
-        self._write(self._rewards, REWARDS_FILE, rows.tobytes())
-        self._counters["judged_windows"] += len(rows)
-        return _finite(stats["loss"])
 
     def _save(self, step: int, cursor: Cursor, watermark: int | None, known: int) -> None:
         """Write a checkpoint of the place after batch `step`, with the watermark and the items known then.
@@ -471,12 +385,12 @@ class _Trainer:
         The metrics so far are on the disk before it.
         """
         self._leader.save()
-        os.fsync(self._metrics)
-        os.fsync(self._rewards)
+        self._metrics.sync()
+        self._rewards.sync()
         self._counters["cpu_ms"] = self._spent_ms + int(1000 * time.process_time())
         state: dict[str, Any] = {
             "optimizer": self._optimizer.state_dict(),
-            "reward": self._reward_optimizer.state_dict() if self._reward_optimizer else {},
+            "reward": self._judging.state(),
             "rng": torch.get_rng_state(),
             "baseline": {name: torch.from_numpy(array) for name, array in self._baseline.state().items()},
         }
@@ -490,18 +404,18 @@ class _Trainer:
                 items=known,
                 model_config=self._run.model,
                 session_items=self._run.model.session_items,
-                metrics_bytes=os.fstat(self._metrics).st_size,
+                metrics_bytes=self._metrics.size,
                 score=mean_loss(self._recent),
                 counters=dict(self._counters),
                 created_ms=time.time_ns() // 1_000_000,
                 version=self._version + 1,
-                pairs=self._pairs_taken,
-                rewards_bytes=os.fstat(self._rewards).st_size,
+                pairs=self._pairs.taken,
+                rewards_bytes=self._rewards.size,
                 reward_config=self._run.reward_model,
             ),
             self._model.state_dict(),
             state,
-            self._reward.state_dict() if self._reward else None,
+            self._judging.weights(),
         )
         self._version += 1
         self._recent = []
@@ -511,8 +425,7 @@ class _Trainer:
     def _restore(self, checkpoint: Checkpoint) -> None:
         state = load_optimizer(checkpoint)
         self._optimizer.load_state_dict(state["optimizer"])
-        if self._reward_optimizer is not None:
-            self._reward_optimizer.load_state_dict(state["reward"])
+        self._judging.restore(state["reward"])
         torch.set_rng_state(state["rng"])
         self._baseline.restore({name: tensor.numpy() for name, tensor in state["baseline"].items()})
         self._say(f"going on from step {checkpoint.step:,}, session {checkpoint.cursor.sequence:,} of the log")
@@ -538,31 +451,3 @@ class _Trainer:
     def _refresh_items(self) -> Catalogue:
         self._catalogue = refresh_catalogue(self._state_dir, self._reader, self._catalogue)
         return self._catalogue
-
-    def _open(self, name: str, size: int) -> int:
-        """A file of the run for appending, cut to what the checkpoint knows: what is learnt again is written again."""
-        path = self._run_dir / name
-        try:
-            handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
-            if os.fstat(handle).st_size < size:
-                self._say(f"{path} lost lines that the checkpoint knows; the curves have a gap there")
-            os.ftruncate(handle, min(size, os.fstat(handle).st_size))
-        except OSError as error:
-            raise Failure(f"{path} cannot be opened: {error.strerror}; mend permissions or disk") from error
-        return handle
-
-    def _append(self, line: Line) -> None:
-        self._write(self._metrics, METRICS_FILE, msgspec.json.encode(line) + b"\n")
-
-    def _write(self, handle: int, name: str, content: bytes) -> None:
-        try:
-            os.write(handle, content)
-        except OSError as error:
-            raise Failure(
-                f"{self._run_dir / name} cannot be written: {error.strerror}; free space and start again"
-            ) from error
-
-
-def _finite(value: Any) -> float | None:
-    number = float(value)
-    return number if np.isfinite(number) else None
