@@ -190,7 +190,7 @@ def draw_r_dpo(record: dict[str, Any], path: Path) -> None:
     ratios = [100 * point["r_dpo"] for point in points]
     figure, axes = pyplot.subplots(1, 3, figsize=(13, 4))
     for axis, target, title in (
-        (axes[0], "swt", "session watch time, share of 5 min"), (axes[1], "ltr", "probability of a like"),
+        (axes[0], "swt", "watch time of a session, 1 = 5 min (swt)"), (axes[1], "ltr", "probability of a like (ltr)"),
     ):
         for by, colour in (("true", "tab:red"), ("modelled", "tab:blue")):
             for kind, line in (("max", "--"), ("mean", "-")):
@@ -199,8 +199,8 @@ def draw_r_dpo(record: dict[str, Any], path: Path) -> None:
             axis.axhline(before[by][target]["mean"], color=colour, linewidth=0.8, linestyle=":",
                          label=f"{by}, mean, seed model")
         axis.set_xlabel("$r_{DPO}$, % of sessions")
-        axis.set_ylabel(f"{target} of generated sessions: {title}")
-        axis.legend(frameon=False, fontsize=7)
+        axis.set_ylabel(title)
+        axis.legend(frameon=False, fontsize=7, handlelength=3.5)
     axes[2].plot(ratios, [point["sampler_seconds"] / record["seeds"] for point in points], marker="o",
                  color="tab:green", label="sampler")
     axes[2].plot(ratios, [point["trainer_seconds"] / record["seeds"] for point in points], marker="o",
@@ -351,13 +351,13 @@ def table_codes(record: dict[str, Any]) -> str:
     return "\n".join(rows)
 
 
-SIZES: dict[str, dict[str, int]] = {
-    "1/4 width": {"d_model": 32, "heads": 2, "encoder_layers": 1, "decoder_layers": 1, "d_ff": 64},
-    "1/2 width": {"d_model": 64, "heads": 2, "d_ff": 128},
+SIZES: dict[str, dict[str, int]] = {  # width, encoder + decoder layers
+    "d 32, 1 + 1": {"d_model": 32, "heads": 2, "encoder_layers": 1, "decoder_layers": 1, "d_ff": 64},
+    "d 64, 2 + 2": {"d_model": 64, "heads": 2, "d_ff": 128},
     "tiny": {},
-    "3/2 width": {"d_model": 192, "heads": 6, "encoder_layers": 3, "decoder_layers": 3, "d_ff": 512},
+    "d 192, 3 + 3": {"d_model": 192, "heads": 6, "encoder_layers": 3, "decoder_layers": 3, "d_ff": 512},
 }
-SCALING_PASSES = 3
+SCALING_PASSES = 2
 
 
 def scaling(
@@ -424,9 +424,10 @@ def draw_scaling(record: dict[str, Any], path: Path) -> None:
     for axis in axes:
         axis.set_xscale("log")
         axis.set_xlabel("parameters")
+        axis.margins(x=0.12, y=0.12)
     for point in points:
-        axes[1].annotate(point["size"], (point["parameters"], point["hr@10"]), textcoords="offset points", xytext=(5, -12),
-                         fontsize=8)
+        axes[1].annotate(point["size"], (point["parameters"], point["hr@10"]), textcoords="offset points", xytext=(0, -14),
+                         ha="center", fontsize=8)
     _finish(figure, axes, f"Larger models, the same windows ({record['cases']} cases of the day after)", path)
 
 

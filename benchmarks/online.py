@@ -282,9 +282,10 @@ def draw(record: dict[str, Any], path: Path) -> None:
         (axes[0], "hr@10", "hr_error", "HR@10 of the next item"),
         (axes[1], "watch_s", "watch_error", "true watch time of the shown session, s"),
     ):
-        for arm in ARMS:
+        for place, arm in enumerate(ARMS):
             values = record["arms"][arm]
-            axis.errorbar(record["days"], values[name], yerr=values[error], marker="o", markersize=4, capsize=2,
+            apart = np.array(record["days"]) + 0.05 * (place - 1.5)
+            axis.errorbar(apart, values[name], yerr=values[error], marker="o", markersize=4, capsize=2,
                           color=COLOURS[arm], label=LABELS[arm])
         axis.set_xlabel("day of the stream (bars: standard error)")
         axis.set_ylabel(label)
