@@ -8,6 +8,7 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
+from exporter.export import state_of_run
 from onerec.cli import build
 from onerec.config import load_config
 from onerec.errors import UserError
@@ -93,6 +94,7 @@ def test_the_result_is_a_run_that_goes_on_and_carries_the_reward_model(state, ru
     assert [line["step"] for line in lines] == [1, 2, 3] and len(lines[0]["entropy"]) == 3
     assert stage.windows == 64 and len(steps) == 3
     assert read_run(tmp_path / "out").codebook_version == before.codebook_version
+    assert state_of_run(tmp_path / "out") == state
     result = train(state, tmp_path / "out", load_config(None, SETTINGS))
     assert result.steps == after.step and result.sessions == 64
 
