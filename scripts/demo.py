@@ -132,6 +132,8 @@ def main() -> None:
         user = max(map(json.loads, histories), key=lambda line: len(line["items"]))["user_id"]
         demo.run("history", user, "--state", state)
         demo.run("recommend", user, "--count", "2", "--server", url, "--repository", repository, "--state", state)
+        demo.run("recommend", user, "--count", "1", "--select", "reward", "--server", url, "--repository", repository,
+                 "--state", state)
         demo.run("status", "--state", state, "--run", run, "--repository", repository, "--server", url)
     finally:
         stop(server)
