@@ -53,7 +53,8 @@ class Comparison(msgspec.Struct, frozen=True, kw_only=True):
 
 
 QUICK = Comparison(
-    world=WorldConfig(users=1_500, items=1_500, days=6),
+    world=WorldConfig(users=800, items=1_500, days=6),
+    settings=Settings(cases=150, ranker=RankerSettings(epochs=20, patience=3)),
     config=Config(history=HistoryConfig(length=64), catalogue=CatalogueConfig(levels=2, codes=128)),
 )
 """What `onerec table --quick` runs: `tiny`, W = N = 32."""
@@ -61,7 +62,7 @@ QUICK = Comparison(
 FULL = msgspec.structs.replace(
     QUICK,
     world=WorldConfig(users=3_000, items=3_000, days=7),
-    settings=Settings(width=128, cases=400),
+    settings=Settings(width=128, cases=400, ranker=RankerSettings(epochs=60, patience=4)),
 )
 """What `onerec table` runs: a larger world, W = N = 128 as in the paper."""
 
