@@ -56,8 +56,9 @@ from trainer.presets import active_parameters, total_parameters
 from trainer.reward import combine
 from trainer.reward_weights import TARGETS
 
-RATIOS = (0.0, 0.005, 0.01, 0.02, 0.05)
-PAPER_RATIO = 0.01
+RATIOS = (0.0, 0.005, 0.01, 0.02, 0.05, 0.2)
+"""The paper's, and one beyond, to see whether there is more to gain."""
+PAPER_RATIO, PAPER_MOST = 0.01, 0.05
 WIDTH = 32
 """Sessions generated for a case to be judged."""
 RESAMPLES = 2_000
@@ -130,7 +131,7 @@ def share_of_gain(base: Floats, some: Floats, most: Floats) -> tuple[float, floa
 def r_dpo(ground: Ground, seeds: int, work: Path, say: Say, ratios: Sequence[float] = RATIOS) -> dict[str, Any]:
     """Rewards and costs by ratio, over all cases of all seeds; `seed` is the model before alignment.
 
-    `ratios` begin with what gains are over, hold the paper's 1 %, and end with what its gain is a share of.
+    `ratios` hold 0 and the paper's 1 % and 5 %.
     """
     told: dict[str, list[dict[str, Floats]]] = {}
     hits: dict[str, list[Floats]] = {}
@@ -159,19 +160,24 @@ def r_dpo(ground: Ground, seeds: int, work: Path, say: Say, ratios: Sequence[flo
         }
         for name, values in rewards.items()
     ]
-    some, most = str(PAPER_RATIO), str(max(ratios))
-    shares = {
-        by: {
-            f"{target} {kind}": share_of_gain(
-                *(rewards[name][by][:, row, column] for name in (str(ratios[0]), some, most))
-            )
-            for column, target in enumerate(TARGETS) for row, kind in enumerate(("mean", "max"))
+    some, most, last = str(PAPER_RATIO), str(PAPER_MOST), str(max(ratios))
+    shares = [
+        {
+            "of": float(one), "against": float(other), "over": base, "judge": by,
+            **{
+                f"{target} {kind}": share_of_gain(*(rewards[name][by][:, row, column] for name in (base, one, other)))
+                for column, target in enumerate(TARGETS) for row, kind in enumerate(("mean", "max"))
+            },
         }
-        for by in ("true", "modelled")
-    }
+        for one, other, base, by in (
+            (some, most, "0.0", "true"), (some, most, "0.0", "modelled"), (some, most, "seed", "true"),
+            (most, last, "0.0", "true"),
+        )
+        if one != other
+    ]
     return {"figure": "r-dpo", "ground": msgspec.to_builtins(ground), "aligning": msgspec.to_builtins(ALIGNING),
             "seeds": seeds, "cases": len(rewards["seed"]["true"]), "width": WIDTH, "points": points,
-            "share_of_gain": {"of": some, "against": most, **shares}}
+            "share_of_gain": shares}
 
 
 def _named(values: Floats) -> dict[str, dict[str, float]]:
@@ -198,7 +204,6 @@ def draw_r_dpo(record: dict[str, Any], path: Path) -> None:
                           markersize=4, label=f"{by}, {kind} of {record['width']}")
             axis.axhline(before[by][target]["mean"], color=colour, linewidth=0.8, linestyle=":",
                          label=f"{by}, mean, seed model")
-        axis.set_xlabel("$r_{DPO}$, % of sessions")
         axis.set_ylabel(title)
         axis.legend(frameon=False, fontsize=7, handlelength=3.5)
     axes[2].plot(ratios, [point["sampler_seconds"] / record["seeds"] for point in points], marker="o",
@@ -208,7 +213,11 @@ def draw_r_dpo(record: dict[str, Any], path: Path) -> None:
     for ratio, point in zip(ratios, points, strict=True):
         axes[2].annotate(f"{point['pairs'] // record['seeds']}", (ratio, point["sampler_seconds"] / record["seeds"]),
                          textcoords="offset points", xytext=(0, 6), ha="center", fontsize=7)
-    axes[2].set_xlabel("$r_{DPO}$, % of sessions")
+    for axis in axes:
+        axis.set_xscale("symlog", linthresh=1)
+        axis.set_xticks(ratios, [f"{ratio:g}" for ratio in ratios])
+        axis.minorticks_off()
+        axis.set_xlabel("$r_{DPO}$, % of sessions")
     axes[2].set_ylabel("compute, s on one core (numbers: pairs)")
     axes[2].set_ylim(bottom=0)
     axes[2].legend(frameon=False, fontsize=8)
@@ -227,12 +236,15 @@ def table_r_dpo(record: dict[str, Any]) -> str:
                for by in ("true", "modelled")]
         rows.append(f"| {name} | {cost} | {swt[0]} | {swt[1]} | {point['true']['ltr']['mean']:.4f} | {point['hr@10']:.3f} |")
     shares = record["share_of_gain"]
-    rows += ["", f"Share of the gain at {float(shares['of']):.0%} against {float(shares['against']):.0%}, both over 0 % "
-             "(95 % interval over cases):", "", "| | true | modelled |", "|---|---|---|"]
-    for name in shares["true"]:
-        cells = [f"{share:.0%} ({low:.0%} to {high:.0%})" for share, low, high in (shares[by][name] for by in
-                                                                                ("true", "modelled"))]
-        rows.append(f"| {name} | {cells[0]} | {cells[1]} |")
+    names = [f"{share['judge']}, {share['of']:.0%} of {share['against']:.0%}, over "
+             f"{'the seed model' if share['over'] == 'seed' else '0 %'}" for share in shares]
+    rows += ["", "Gain of one r_DPO as a share of that of another (95 % interval over cases):", "",
+             f"| | {' | '.join(names)} |", f"|---|{'---|' * len(names)}"]
+    for target in TARGETS:
+        for kind in ("mean", "max"):
+            cells = [f"{100 * share:.0f} % ({100 * low:.0f} to {100 * high:.0f})"
+                     for share, low, high in (values[f"{target} {kind}"] for values in shares)]
+            rows.append(f"| {target} {kind} | {' | '.join(cells)} |")
     return "\n".join(rows)
 
 

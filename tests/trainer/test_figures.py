@@ -55,11 +55,11 @@ def test_batches_hold_whole_sessions_in_order_and_end_with_the_day() -> None:
 @pytest.mark.slow
 def test_the_figures_of_alignment_and_size_are_made_from_one_world(tmp_path: Path) -> None:
     ground = seed_models.TRIAL
-    ratios = (0.0, 0.01, 0.5)
+    ratios = (0.0, 0.01, 0.05, 0.5)
     aligned = figures.r_dpo(ground, 1, tmp_path, quiet, ratios)
     pairs = [point["pairs"] for point in aligned["points"] if point["r_dpo"] is not None]
-    assert pairs[0] == 0 <= pairs[1] < pairs[2]
-    assert aligned["points"][0]["true"] != aligned["points"][3]["true"]
+    assert pairs[0] == 0 <= pairs[1] <= pairs[2] < pairs[3]
+    assert aligned["points"][0]["true"] != aligned["points"][4]["true"]
     for point in aligned["points"]:
         for by in ("true", "modelled"):
             assert all(0 <= values["mean"] <= values["max"] <= 1 for values in point[by].values())
