@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -205,7 +205,6 @@ def draw_r_dpo(record: dict[str, Any], path: Path) -> None:
             axis.axhline(before[by][target]["mean"], color=colour, linewidth=0.8, linestyle=":",
                          label=f"{by}, mean, seed model")
         axis.set_ylabel(title)
-        axis.legend(frameon=False, fontsize=7, handlelength=3.5)
     axes[2].plot(ratios, [point["sampler_seconds"] / record["seeds"] for point in points], marker="o",
                  color="tab:green", label="sampler")
     axes[2].plot(ratios, [point["trainer_seconds"] / record["seeds"] for point in points], marker="o",
@@ -216,11 +215,13 @@ def draw_r_dpo(record: dict[str, Any], path: Path) -> None:
     for axis in axes:
         axis.set_xscale("symlog", linthresh=1)
         axis.set_xticks(ratios, [f"{ratio:g}" for ratio in ratios])
+        axis.set_xlim(-0.15, 1.3 * max(ratios))
         axis.minorticks_off()
         axis.set_xlabel("$r_{DPO}$, % of sessions")
     axes[2].set_ylabel("compute, s on one core (numbers: pairs)")
     axes[2].set_ylim(bottom=0)
     axes[2].legend(frameon=False, fontsize=8)
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="lower center", ncol=6, frameon=False, fontsize=8, handlelength=3.5)
     _finish(figure, axes, f"One seed model, aligned with more and more pairs ({record['cases']} cases)", path)
 
 
@@ -248,45 +249,50 @@ def table_r_dpo(record: dict[str, Any]) -> str:
     return "\n".join(rows)
 
 
+BY_RATIO = {"seed model": None, "trained on, no pairs": 0.0, "IPA, 1 %": PAPER_RATIO, "IPA, 20 %": max(RATIOS)}
+"""The models whose codes are shown; None is the seed model itself. Training on changes it too, so that it stands beside."""
+
+
 def codes(
-    ground: Ground, seeds: int, work: Path, say: Say, ratio: float = PAPER_RATIO
+    ground: Ground, seeds: int, work: Path, say: Say, ratios: Mapping[str, float | None] = BY_RATIO
 ) -> dict[str, Any]:
     """Probabilities of each level's codes before and after IPA, on the way to the item of the highest modelled reward.
 
     Level l is asked for behind the star's own codes of the levels above. The case shown is the one whose star's
-    log-probability changed by the median.
+    log-probability changed by the median from the first model to the last.
     """
-    entropies: dict[str, list[Floats]] = {"before": [], "after": []}
-    stars: dict[str, list[Floats]] = {"before": [], "after": []}
+    entropies: dict[str, list[Floats]] = {name: [] for name in ratios}
+    stars: dict[str, list[Floats]] = {name: [] for name in ratios}
     truth: list[float] = []
     shown: dict[str, Any] = {}
+    first, *_, last = ratios
     for seed in range(seeds):
         start = begin(ground, seed, work, say)
         item_codes = start.catalogue.item_codes
         best, quantile = _stars(start)
         truth.append(quantile)
         given = item_codes[best]
-        models = {"before": seed_model(start), "after": aligned(start, ratio).model}
-        found = {when: _distributions(model, start.cases, item_codes, given) for when, model in models.items()}
-        for when, probabilities in found.items():
-            entropies[when].append(-(probabilities * np.log(probabilities.clip(1e-30))).sum(axis=-1))
-            stars[when].append(np.take_along_axis(probabilities, given[:, :, None].astype(np.int64), axis=2)[:, :, 0])
+        found = {}
+        for name, ratio in ratios.items():
+            model = seed_model(start) if ratio is None else aligned(start, ratio).model
+            found[name] = _distributions(model, start.cases, item_codes, given)
+            entropies[name].append(-(found[name] * np.log(found[name].clip(1e-30))).sum(axis=-1))
+            stars[name].append(np.take_along_axis(found[name], given[:, :, None].astype(np.int64), axis=2)[:, :, 0])
+            say(f"seed {seed}, {name}: entropy {entropies[name][-1].mean(axis=0).round(2)}")
         if not shown:
-            moved = np.log(stars["after"][0]).sum(axis=1) - np.log(stars["before"][0]).sum(axis=1)
+            moved = np.log(stars[last][0]).sum(axis=1) - np.log(stars[first][0]).sum(axis=1)
             case = int(np.argsort(moved, kind="stable")[len(moved) // 2])
-            shown = {"case": case, "user": start.cases[case].user_id, "star": given[case].tolist(),
-                     **{when: found[when][case].tolist() for when in found}}
-        say(f"seed {seed}: " + "; ".join(f"{when} entropy {entropies[when][-1].mean(axis=0).round(2)}" for when in found))
-    means = {
-        when: {"entropy": np.concatenate(entropies[when]).mean(axis=0).tolist(),
-               "star": np.concatenate(stars[when]).mean(axis=0).tolist()}
-        for when in entropies
-    }
-    differences = np.concatenate(entropies["after"]) - np.concatenate(entropies["before"])
-    return {"figure": "codes", "ground": msgspec.to_builtins(ground), "r_dpo": ratio, "seeds": seeds,
-            "cases": len(differences), "codes": ground.config.catalogue.codes, "means": means, "shown": shown,
-            "entropy_change": {"mean": differences.mean(axis=0).tolist(),
-                               "standard_error": (differences.std(axis=0, ddof=1) / len(differences) ** 0.5).tolist()},
+            shown = {"user": start.cases[case].user_id, "star": given[case].tolist(),
+                     "probabilities": {name: found[name][case].tolist() for name in ratios}}
+    means = {}
+    for name in ratios:
+        entropy, star = np.concatenate(entropies[name]), np.concatenate(stars[name])
+        means[name] = {
+            "entropy": entropy.mean(axis=0).tolist(), "star": star.mean(axis=0).tolist(),
+            "entropy_error": (entropy.std(axis=0, ddof=1) / len(entropy) ** 0.5).tolist(),
+        }
+    return {"figure": "codes", "ground": msgspec.to_builtins(ground), "ratios": dict(ratios), "seeds": seeds,
+            "cases": sum(map(len, stars[first])), "codes": ground.config.catalogue.codes, "means": means, "shown": shown,
             "true_quantile_of_star": float(np.mean(truth))}
 
 
@@ -329,36 +335,37 @@ def _distributions(model: OneRec, cases: Sequence[Case], item_codes: np.ndarray,
 
 
 def draw_codes(record: dict[str, Any], path: Path) -> None:
-    """One case, level by level, before and after; the red star is the best item's code."""
+    """One case, level by level, a column a model; the red star is the best item's code."""
     pyplot = pyplot_agg()
-    shown, levels = record["shown"], len(record["shown"]["star"])
-    figure, axes = pyplot.subplots(levels, 2, figsize=(11, 2.4 * levels), sharex=True, sharey="row")
-    for column, when in enumerate(("before", "after")):
+    shown, star = record["shown"], record["shown"]["star"]
+    names, levels = list(record["means"]), len(star)
+    figure, axes = pyplot.subplots(levels, len(names), figsize=(3.8 * len(names), 2.3 * levels), sharex=True, sharey="row")
+    for column, name in enumerate(names):
         for level in range(levels):
-            axis, probabilities, star = axes[level, column], np.array(shown[when][level]), shown["star"][level]
+            axis, probabilities = axes[level, column], np.array(shown["probabilities"][name][level])
             entropy = -(probabilities * np.log(probabilities.clip(1e-30))).sum()
             axis.bar(np.arange(len(probabilities)), probabilities, color="tab:blue", width=1.0)
-            axis.plot([star], [probabilities[star]], "*", color="red", markersize=12, clip_on=False, zorder=3)
-            axis.set_title(f"level {level + 1}, {when} IPA: entropy {entropy:.2f} nats here, "
-                           f"{record['means'][when]['entropy'][level]:.2f} on average", fontsize=9)
-            axis.set_ylim(bottom=0)
+            axis.plot([star[level]], [probabilities[star[level]]], "*", color="red", markersize=11, clip_on=False, zorder=3)
+            axis.set_title(f"{name}\nlevel {level + 1}: entropy {entropy:.2f} nats here, "
+                           f"{record['means'][name]['entropy'][level]:.2f} on average", fontsize=8)
         axes[-1, column].set_xlabel(f"code (of {record['codes']})")
     for level in range(levels):
-        axes[level, 0].set_ylabel("probability")
-    _finish(figure, axes, f"The first item's codes; red star: the item of the highest modelled reward "
-            f"($r_{{DPO}}$ = {record['r_dpo']:.0%})", path)
+        axes[level, 0].set_ylabel(f"probability, level {level + 1}")
+        axes[level, 0].set_ylim(0, 1.12 * max(max(shown["probabilities"][name][level]) for name in names))
+    _finish(figure, axes, "The first item's codes; red star: the item of the highest modelled reward", path)
 
 
 def table_codes(record: dict[str, Any]) -> str:
     """Mean entropies and probabilities of the star's codes as Markdown."""
-    rows = ["| level | entropy before, nats | after | change ± standard error | star's code before | after |",
-            "|---|---:|---:|---:|---:|---:|"]
-    means, change = record["means"], record["entropy_change"]
-    for level, (moved, error) in enumerate(zip(change["mean"], change["standard_error"], strict=True)):
-        entropy, star = ([means[when][name][level] for when in ("before", "after")] for name in ("entropy", "star"))
-        rows.append(f"| {level + 1} | {entropy[0]:.2f} | {entropy[1]:.2f} | {moved:+.3f} ± {error:.3f} | {star[0]:.3f} | "
-                    f"{star[1]:.3f} |")
-    rows += ["", f"{record['cases']} cases; uniform over {record['codes']} codes is {np.log(record['codes']):.2f} nats. "
+    levels = range(1, len(record["shown"]["star"]) + 1)
+    rows = [f"| | {' | '.join(f'entropy, level {level}' for level in levels)} | "
+            f"{' | '.join(f'star, level {level}' for level in levels)} |", f"|---|{'---:|' * 2 * len(levels)}"]
+    for name, values in record["means"].items():
+        entropies = zip(values["entropy"], values["entropy_error"], strict=True)
+        cells = [f"{entropy:.2f} ± {error:.2f}" for entropy, error in entropies]
+        rows.append(f"| {name} | {' | '.join(cells)} | {' | '.join(f'{star:.3f}' for star in values['star'])} |")
+    rows += ["", f"Entropies in nats (± standard error over {record['cases']} cases; uniform over {record['codes']} codes is "
+             f"{np.log(record['codes']):.2f}); star: the mean probability of its code. "
              f"The true reward ranks the star above {record['true_quantile_of_star']:.1%} of the catalogue on average."]
     return "\n".join(rows)
 
@@ -460,7 +467,7 @@ def _finish(figure: Any, axes: Any, title: str, path: Path) -> None:
     for axis in np.ravel(axes):
         axis.spines[["top", "right"]].set_visible(False)
     figure.suptitle(title, fontsize=11)
-    figure.tight_layout()
+    figure.tight_layout(rect=(0, 0.06 if figure.legends else 0, 1, 1))
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=120)
     pyplot_agg().close(figure)

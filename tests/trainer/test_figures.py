@@ -64,10 +64,10 @@ def test_the_figures_of_alignment_and_size_are_made_from_one_world(tmp_path: Pat
         for by in ("true", "modelled"):
             assert all(0 <= values["mean"] <= values["max"] <= 1 for values in point[by].values())
 
-    seen = figures.codes(ground, 1, tmp_path, quiet, ratio=0.5)
+    seen = figures.codes(ground, 1, tmp_path, quiet, {"before": None, "after": 0.5})
     for when in ("before", "after"):
         for level, star in enumerate(seen["shown"]["star"]):
-            probabilities = np.array(seen["shown"][when][level])
+            probabilities = np.array(seen["shown"]["probabilities"][when][level])
             assert probabilities.sum() == pytest.approx(1) and 0 <= star < len(probabilities)
         assert all(0 < entropy <= np.log(seen["codes"]) for entropy in seen["means"][when]["entropy"])
     assert seen["means"]["before"] != seen["means"]["after"]
