@@ -20,7 +20,7 @@ REWARD_SETTINGS = RewardModelConfig(dimension=8, heads=2, hidden=8, buckets=64, 
 
 
 def maker(items: int = ITEMS, reward: RewardConfig | None = None, **settings: Any) -> PairMaker:
-    torch.manual_seed(0)
+    torch.manual_seed(5)  # of these weights no request has its best and its worst session of the same items
     config = msgspec.structs.replace(
         preset("tiny", levels=2, codes=CODES, session_items=M, history_length=6),
         d_model=32, heads=2, d_ff=32, encoder_layers=1, decoder_layers=1, experts=2,
