@@ -172,6 +172,17 @@ def _labels(items: Sequence[SessionItem], swt_cap_ms: float) -> tuple[float, flo
     )
 
 
+def pad_histories(histories: Sequence[np.ndarray], item_codes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Rows of the catalogue, each `[h]`, oldest first, as codes int64 [B, T, L] and mask bool [B, T]; T is at least 1."""
+    longest = max(1, max(len(rows) for rows in histories))
+    codes = np.zeros((len(histories), longest, item_codes.shape[1]), np.int64)
+    mask = np.zeros((len(histories), longest), bool)
+    for place, rows in enumerate(histories):
+        codes[place, : len(rows)] = item_codes[rows]
+        mask[place, : len(rows)] = True
+    return codes, mask
+
+
 class RewardArrays(NamedTuple):
     """Sessions as `trainer.reward.RewardBatch` reads them, in rows of at most `ROW_WINDOWS` windows."""
 
@@ -185,42 +196,34 @@ class RewardArrays(NamedTuple):
 
 def reward_arrays(judged: Sequence[Judged], item_codes: np.ndarray) -> RewardArrays:
     """Codes, masks and labels of `judged`; windows keep their order, row by row."""
-    levels, m = item_codes.shape[1], judged[0].windows.shape[1]
+    m = judged[0].windows.shape[1]
     rows = [
         (session, slice(place, place + ROW_WINDOWS))
         for session in judged
         for place in range(0, len(session.windows), ROW_WINDOWS)
     ]
-    longest = max(1, max(len(session.history) for session, _ in rows))
     width = max(len(session.windows[part]) for session, part in rows)
-    history_codes = np.zeros((len(rows), longest, levels), np.int64)
-    history_mask = np.zeros((len(rows), longest), bool)
+    history, history_mask = pad_histories([session.history for session, _ in rows], item_codes)
     items = np.full((len(rows), width, m), -1, np.int32)
     labels = np.zeros((len(rows), width, 4), np.float32)
     item_labels = np.zeros((len(rows), width, m, 4), np.float32)
     for row, (session, part) in enumerate(rows):
-        history_codes[row, : len(session.history)] = item_codes[session.history]
-        history_mask[row, : len(session.history)] = True
         count = len(session.windows[part])
         items[row, :count] = session.windows[part]
         labels[row, :count] = session.labels[part]
         item_labels[row, :count] = session.item_labels[part]
     mask = items >= 0
     sessions = np.where(mask[..., None], item_codes[items.clip(min=0)], 0).astype(np.int64)
-    return RewardArrays(history_codes, history_mask, sessions, mask, labels, item_labels)
+    return RewardArrays(history, history_mask, sessions, mask, labels, item_labels)
 
 
 def to_arrays(examples: list[Example], item_codes: np.ndarray, *, m: int) -> Arrays:
     """Codes and masks of `examples`; the history is as long as the longest of them, at least 1."""
     levels = item_codes.shape[1]
-    longest = max(1, max(len(example.history) for example in examples))
-    history = np.zeros((len(examples), longest, levels), np.int64)
+    history, history_mask = pad_histories([example.history for example in examples], item_codes)
     targets = np.zeros((len(examples), m, levels), np.int64)
-    history_mask = np.zeros((len(examples), longest), bool)
     target_mask = np.zeros((len(examples), m), bool)
     for row, example in enumerate(examples):
-        history[row, : len(example.history)] = item_codes[example.history]
-        history_mask[row, : len(example.history)] = True
         targets[row, : len(example.targets)] = item_codes[example.targets]
         target_mask[row, : len(example.targets)] = True
     return Arrays(history, history_mask, targets, target_mask)

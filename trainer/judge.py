@@ -16,6 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from onerec.errors import UserError
+from trainer.data import pad_histories
 from trainer.evaluate import RANKED, add, rank_scores, session_scores
 from trainer.reward_weights import TARGETS
 
@@ -307,12 +308,7 @@ class OneRecRecommender:
         import torch
 
         newest = [case.history[-self.model.config.history_length :] for case in cases]
-        longest = max(1, max(len(rows) for rows in newest))
-        history = np.zeros((len(cases), longest, self._item_codes.shape[1]), np.int64)
-        mask = np.zeros((len(cases), longest), bool)
-        for row, known in enumerate(newest):
-            history[row, : len(known)] = self._item_codes[known]
-            mask[row, : len(known)] = True
+        history, mask = pad_histories(newest, self._item_codes)
         return torch.from_numpy(history).to(self._device), torch.from_numpy(mask).to(self._device)
 
 

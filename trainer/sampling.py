@@ -14,6 +14,7 @@ import torch
 from exporter.trie import build_trie
 from trainer.beam import beam_search, trie_tensors
 from trainer.config import PreferenceConfig, RewardConfig
+from trainer.data import pad_histories
 from trainer.pairs import Drop, Pair
 from trainer.reward import combine
 
@@ -167,13 +168,7 @@ class PairMaker:
 
     def _histories(self, requests: Sequence[Request], longest: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Codes [P, T, L] and mask [P, T] of the newest `longest` items each; T is at least 1."""
-        rows = [request.history[-longest:] for request in requests]
-        width = max(1, max(len(row) for row in rows))
-        codes = np.zeros((len(rows), width, self._item_codes.shape[1]), np.int64)
-        mask = np.zeros((len(rows), width), bool)
-        for place, row in enumerate(rows):
-            codes[place, : len(row)] = self._item_codes[row]
-            mask[place, : len(row)] = True
+        codes, mask = pad_histories([request.history[-longest:] for request in requests], self._item_codes)
         return torch.from_numpy(codes).to(self._device), torch.from_numpy(mask).to(self._device)
 
 
