@@ -44,9 +44,9 @@ from benchmarks.seed_models import (
     pyplot_agg,
     seed_model,
     teller,
-    to_batch,
     write_json,
 )
+from trainer.batches import window_batch
 from trainer.config import PreferenceConfig, RewardConfig
 from trainer.evaluate import RANKED, rank_scores
 from trainer.inline import AlignConfig, Alignment, align
@@ -327,7 +327,7 @@ def _distributions(model: OneRec, cases: Sequence[Case], item_codes: np.ndarray,
     """Softmax [cases, L, K] of the first item's codes, each behind the `given` [cases, L] ones above it."""
     found = []
     for place in range(0, len(cases), 64):
-        batch = to_batch(of_cases(cases[place : place + 64]), item_codes, model.config.session_items)
+        batch = window_batch(of_cases(cases[place : place + 64]), item_codes, m=model.config.session_items)
         star = torch.from_numpy(given[place : place + 64].astype(np.int64)).unsqueeze(1)
         logits = model.token_logits(batch.history, batch.history_mask, star, batch.target_mask[:, :1])
         found.append(torch.softmax(logits[:, 0].double(), dim=-1).numpy())
@@ -422,7 +422,7 @@ def _grown(model: OneRec, start: Start, passes: int) -> tuple[OneRec, list[float
 @torch.no_grad()
 def _test_loss(model: OneRec, start: Start) -> float:
     """Nats a code over the cases' targets."""
-    batch = to_batch(of_cases(start.cases), start.catalogue.item_codes, model.config.session_items)
+    batch = window_batch(of_cases(start.cases), start.catalogue.item_codes, m=model.config.session_items)
     return float(model.loss(batch)[1]["ntp"])
 
 

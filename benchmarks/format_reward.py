@@ -28,13 +28,14 @@ from exporter.trie import Trie, build_trie
 from onerec.config import Config
 from simulator.world import World, WorldConfig
 from streaming.store import Reader
+from trainer.batches import window_batch
 from trainer.beam import trie_tensors
 from trainer.config import ModelConfig, RewardConfig, RewardModelConfig
 from trainer.data import Example, to_arrays
 from trainer.ecpo import EcpoConfig, Step, reinforce
 from trainer.items import Catalogue
 from trainer.judge import Case, true_rewards
-from trainer.model import Batch, OneRec
+from trainer.model import OneRec
 from trainer.optim import Optimizer
 from trainer.policy_rewards import PolicyRewards, legality
 from trainer.reinforcement import draw_steps
@@ -65,7 +66,7 @@ def learn(examples: list[Example], catalogue: Catalogue, seed: int) -> Optimizer
     optimizer, rng = Optimizer(model, learning_rate=LEARN_RATE, precision="fp32"), np.random.default_rng(seed)
     for _ in range(LEARN_STEPS):
         chosen = [examples[place] for place in rng.integers(0, len(examples), LEARN_WINDOWS)]
-        batch = Batch(*(torch.from_numpy(array) for array in to_arrays(chosen, catalogue.item_codes, m=M)))
+        batch = window_batch(chosen, catalogue.item_codes, m=M)
         optimizer.step(partial(OneRec.loss, batch=batch))
     model.eval()
     return optimizer

@@ -25,11 +25,12 @@ from onerec.config import Config
 from simulator.world import World, WorldConfig
 from streaming.semantics import HistoryConfig
 from streaming.store import Reader
+from trainer.batches import window_batch
 from trainer.config import CatalogueConfig, ModelConfig, RewardModelConfig
-from trainer.data import Example, to_arrays
+from trainer.data import Example
 from trainer.items import Catalogue
 from trainer.judge import Case, OneRecRecommender, RewardFunction, modelled_rewards, true_rewards
-from trainer.model import Batch, OneRec
+from trainer.model import OneRec
 from trainer.optim import Optimizer
 from trainer.presets import preset
 from trainer.reward import RewardModel
@@ -180,13 +181,8 @@ def learn(
 
 def learn_batch(optimizer: Optimizer, examples: Sequence[Example], item_codes: np.ndarray) -> float:
     """One step; the loss before it, nats a code."""
-    batch = to_batch(examples, item_codes, optimizer.model.config.session_items)
+    batch = window_batch(examples, item_codes, m=optimizer.model.config.session_items)
     return float(optimizer.step(lambda model: model.loss(batch))["ntp"])
-
-
-def to_batch(examples: Sequence[Example], item_codes: np.ndarray, m: int) -> Batch:
-    """Windows as the model reads them."""
-    return Batch(*(torch.from_numpy(array) for array in to_arrays(list(examples), item_codes, m=m)))
 
 
 def of_cases(cases: Sequence[Case]) -> list[Example]:

@@ -37,8 +37,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from onerec.errors import UserError
+from trainer.batches import window_batch
 from trainer.beam import trie_tensors
-from trainer.data import Example, to_arrays
+from trainer.data import Example
 from trainer.model import Batch, OneRec
 from trainer.optim import Optimizer
 from trainer.policy_rewards import Earned, PolicyRewards, legality
@@ -214,9 +215,7 @@ def _some(examples: Sequence[Example], count: int, generator: torch.Generator) -
 
 
 def _batch(model: OneRec, examples: list[Example], item_codes: NDArray[np.integer]) -> Batch:
-    arrays = to_arrays(examples, item_codes, m=model.config.session_items)
-    device = model.bos.device
-    return Batch(*(torch.from_numpy(array).to(device) for array in arrays))
+    return window_batch(examples, item_codes, m=model.config.session_items, device=model.bos.device)
 
 
 def _draw(

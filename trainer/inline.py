@@ -16,12 +16,12 @@ import numpy as np
 import torch
 
 from trainer import preference
+from trainer.batches import pair_batch, window_batch
 from trainer.config import PreferenceConfig, RewardConfig
-from trainer.data import Example, to_arrays
-from trainer.model import Batch, OneRec
+from trainer.data import Example
+from trainer.model import OneRec
 from trainer.optim import Optimizer
 from trainer.pairs import Drop, Pair, is_sampled
-from trainer.preference_batch import to_batch
 from trainer.reward import RewardModel
 from trainer.sampling import PairMaker, Request, Responses
 
@@ -210,9 +210,8 @@ def _step(
     optimizer: Optimizer, examples: list[Example], pairs: list[Pair], item_codes: np.ndarray, settings: PreferenceConfig
 ) -> dict[str, float]:
     """One update on a batch and its pairs; losses, margin and gradient norm."""
-    arrays = to_arrays(examples, item_codes, m=optimizer.model.config.session_items)
-    batch = Batch(*(torch.from_numpy(array) for array in arrays))
-    chosen = to_batch(pairs) if pairs else None
+    batch = window_batch(examples, item_codes, m=optimizer.model.config.session_items)
+    chosen = pair_batch(pairs) if pairs else None
 
     def objective(model: OneRec) -> tuple[torch.Tensor, dict[str, Any]]:
         loss, stats = model.loss(batch)

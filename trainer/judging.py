@@ -6,13 +6,13 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-import torch
 
+from trainer.batches import judged_batch
 from trainer.checkpoint import Checkpoint, load_reward_weights
-from trainer.data import Judged, reward_arrays
+from trainer.data import Judged
 from trainer.evaluate import finite
 from trainer.items import Catalogue
-from trainer.reward import RewardBatch, RewardModel, RewardOptimizer
+from trainer.reward import RewardModel, RewardOptimizer
 from trainer.reward_log import PREDICTION
 from trainer.run_files import RunFile
 from trainer.runs import Run
@@ -42,8 +42,7 @@ class Judging:
         """Predict, then learn, the sessions of a batch: the mean loss before (None: nothing learnt), windows predicted."""
         if self._optimizer is None or not judged:
             return None, 0
-        arrays = reward_arrays(judged, item_codes)
-        stats = self._optimizer.step(RewardBatch(*(torch.from_numpy(array).to(self._device) for array in arrays)))
+        stats = self._optimizer.step(judged_batch(judged, item_codes, self._device))
         times = np.concatenate([np.full(len(session.windows), session.ts if session.fresh else -1) for session in judged])
         fresh = times >= 0
         rows = np.zeros(int(fresh.sum()), PREDICTION)

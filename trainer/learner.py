@@ -15,13 +15,13 @@ import torch
 from torch import Tensor
 
 from trainer import preference
+from trainer.batches import pair_batch, window_batch
 from trainer.config import ModelConfig
-from trainer.data import Example, to_arrays
+from trainer.data import Example
 from trainer.evaluate import ModelScorer, add, is_scored
 from trainer.model import Batch, OneRec
 from trainer.optim import Optimizer, Parts
 from trainer.pairs import Pair
-from trainer.preference_batch import to_batch
 from trainer.ranks import Ranks
 from trainer.runs import Run
 
@@ -109,7 +109,7 @@ class Learner:
             # L = L_NTP + λ L_DPO (Algorithm 2, line 13), each the mean over what it is of.
             yield from ntp_parts(self._ranks, batches, self._run.model)(model)
             if own_pairs:
-                aligned, stats = preference.loss(model, to_batch(own_pairs, self._ranks.device), self._run.preference)
+                aligned, stats = preference.loss(model, pair_batch(own_pairs, self._ranks.device), self._run.preference)
                 weight = len(own_pairs) / len(pairs)
                 of_pairs = {name: value * weight for name, value in (stats | {"loss": aligned.detach()}).items()}
                 yield aligned * (weight * self._run.preference.weight), {"preference": of_pairs}
@@ -117,8 +117,7 @@ class Learner:
         return Learned(self._optimizer.step_parts(parts), chosen, scores)
 
     def _batch(self, examples: Sequence[Example], item_codes: np.ndarray) -> Batch:
-        arrays = to_arrays(list(examples), item_codes, m=self._run.model.session_items)
-        return Batch(*(torch.from_numpy(array).to(self._ranks.device) for array in arrays))
+        return window_batch(examples, item_codes, m=self._run.model.session_items, device=self._ranks.device)
 
     def _score(self, examples: Sequence[Example], item_codes: np.ndarray, known: int) -> dict[str, float]:
         own = share(self._ranks, examples)

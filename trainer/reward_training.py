@@ -17,10 +17,11 @@ import torch
 
 from onerec.errors import UserError
 from streaming.store import Reader
+from trainer.batches import judged_batch
 from trainer.config import RewardModelConfig
-from trainer.data import Judged, judge_session, reward_arrays
+from trainer.data import Judged, judge_session
 from trainer.items import Catalogue
-from trainer.reward import RewardBatch, RewardModel, RewardOptimizer
+from trainer.reward import RewardModel, RewardOptimizer
 
 HELD_OUT = 0.1
 
@@ -91,7 +92,7 @@ def fit_reward_model(
     for epoch in range(1, training.epochs + 1):
         model.train()
         for places in np.array_split(rng.permutation(len(learnt)), -(-len(learnt) // training.batch_sessions)):
-            optimizer.step(_batch([learnt[place] for place in places], item_codes))
+            optimizer.step(judged_batch([learnt[place] for place in places], item_codes))
         loss = _loss(model, held, item_codes, training.batch_sessions)
         progress(epoch, loss)
         if loss < best:
@@ -109,17 +110,13 @@ def _is_held_out(session_id: str) -> bool:
     return zlib.crc32(b"reward:" + session_id.encode()) < HELD_OUT * 2**32
 
 
-def _batch(sessions: Sequence[Judged], item_codes: np.ndarray) -> RewardBatch:
-    return RewardBatch(*(torch.from_numpy(array) for array in reward_arrays(sessions, item_codes)))
-
-
 @torch.no_grad()
 def _loss(model: RewardModel, sessions: Sequence[Judged], item_codes: np.ndarray, size: int) -> float:
     """Mean over windows of the towers' summed loss (eq. 7)."""
     model.eval()
     total = windows = 0.0
     for begin in range(0, len(sessions), size):
-        batch = _batch(sessions[begin : begin + size], item_codes)
+        batch = judged_batch(sessions[begin : begin + size], item_codes)
         loss, stats = model.loss(batch)
         total += float(loss) * len(stats["labels"])
         windows += len(stats["labels"])
