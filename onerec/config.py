@@ -9,6 +9,7 @@ from typing import Any
 import msgspec
 
 from onerec.errors import UserError
+from onerec.monitor.settings import FreshnessConfig, GateConfig, MetricsConfig, MonitorConfig, PublishConfig
 from streaming.kafka.settings import KafkaConfig
 from streaming.semantics import HistoryConfig, Positive, Semantics, SessionConfig, StreamConfig, WatchConfig
 from trainer.config import BeamConfig, CatalogueConfig, PreferenceConfig, RewardConfig, TrainConfig
@@ -43,6 +44,11 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     preference: PreferenceConfig = PreferenceConfig()
     beam: BeamConfig = BeamConfig()
     serve: ServeConfig = ServeConfig()
+    metrics: MetricsConfig = MetricsConfig()
+    freshness: FreshnessConfig = FreshnessConfig()
+    monitor: MonitorConfig = MonitorConfig()
+    publish: PublishConfig = PublishConfig()
+    gate: GateConfig = GateConfig()
 
     @property
     def semantics(self) -> Semantics:
