@@ -47,7 +47,7 @@ FAMILIES: Final[dict[str, Family]] = {
         "gauge", "Headline: the log's clock minus what the replica's answer has learnt up to", ("replica",)),
     "onerec_log_clock_seconds": Family("gauge", "The log's clock: the wall clock in live time, else the newest event"),
     "onerec_log_factor": Family("gauge", "Seconds of log that pass in a second: 1 in live time"),
-    "onerec_negative_ages_total": Family("counter", "Ages below zero, event times ahead of the clock; in no bucket", ("stage",)),
+    "onerec_negative_ages_total": Family("counter", "Ages below zero: events ahead of the clock, in no bucket", ("stage",)),
     "onerec_clock_jumps_total": Family("counter", "Times that the wall clock jumped against the monotonic clock"),
     # The stream.
     "onerec_events_total": Family("counter", "Valid events taken in"),
