@@ -25,6 +25,11 @@ BootstrapOption = Annotated[
     typer.Option("--bootstrap", help="Kafka brokers, host:port[,host:port]; default kafka.bootstrap.", show_default=False),
 ]
 RunOption = Annotated[Path, typer.Option("--run", help="Folder of a training run.")]
+MetricsPortOption = Annotated[
+    int | None,
+    typer.Option("--metrics-port", min=0, max=65535, show_default=False,
+                 help="Serve Prometheus metrics on this port; 0 for a free one. Default metrics.port, else nowhere."),
+]
 RepositoryOption = Annotated[Path, typer.Option("--repository", help="Folder of the Triton model repository.")]
 
 out = Console()
