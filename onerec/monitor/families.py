@@ -49,6 +49,7 @@ FAMILIES: Final[dict[str, Family]] = {
     "onerec_log_factor": Family("gauge", "Seconds of log that pass in a second: 1 in live time"),
     "onerec_negative_ages_total": Family("counter", "Ages below zero: events ahead of the clock, in no bucket", ("stage",)),
     "onerec_clock_jumps_total": Family("counter", "Times that the wall clock jumped against the monotonic clock"),
+    "onerec_freshness_objective_seconds": Family("gauge", "What the operator promises from event to answer: freshness.objective_s"),
     # The stream.
     "onerec_events_total": Family("counter", "Valid events taken in"),
     "onerec_dead_letters_total": Family("counter", "Lines refused, by reason", ("reason",)),
@@ -87,6 +88,7 @@ FAMILIES: Final[dict[str, Family]] = {
     "onerec_gate_failed": Family("gauge", "1: the newest candidate was held back"),
     "onerec_publishing_on_hold": Family("gauge", "1: after a rollback nothing is published until `onerec promote`"),
     # The monitor.
+    "onerec_process_up": Family("gauge", "1: the part of `onerec run` is running; 0: it died", ("process",)),
     "onerec_replica_up": Family("gauge", "1: the replica answers", ("replica",)),
     "onerec_replica_version": Family("gauge", "Version that the replica answers with", ("replica",)),
     "onerec_version_hit_rate": Family(
