@@ -23,7 +23,8 @@ class Recommendation(msgspec.Struct, frozen=True, kw_only=True):
     """Sessions for one user, best first.
 
     items [count][m], scores [count] (log-likelihood), rewards [count][4] (swt, vtr, wtr, ltr; None: the version has no
-    reward model), and the version that answered with the event time in ms it has learnt up to (None: nothing yet).
+    reward model), the version that answered, the event time in ms it has learnt up to (None: nothing yet), and that of the
+    newest event in the host's stored histories (None: no state, no event, or a version from before this was told).
     """
 
     items: list[list[str]]
@@ -31,6 +32,7 @@ class Recommendation(msgspec.Struct, frozen=True, kw_only=True):
     rewards: list[list[float]] | None
     model_version: int
     watermark: int | None
+    history_watermark: int | None = None
 
 
 class VersionState(msgspec.Struct, frozen=True, kw_only=True):
@@ -58,6 +60,11 @@ def _tensor(name: str, values: np.ndarray[Any, Any], kind: str) -> grpcclient.In
     tensor = grpcclient.InferInput(name, list(values.shape), kind)
     tensor.set_data_from_numpy(values)
     return tensor
+
+
+def _time(values: np.ndarray[Any, Any]) -> int | None:
+    """The time in a tensor [1, 1]; below 0 stands for none."""
+    return None if (value := int(values[0, 0])) < 0 else value
 
 
 class Client:
@@ -98,13 +105,15 @@ class Client:
         except InferenceServerException as error:
             self._refuse(error)
         rewards = result.as_numpy("rewards")[0]
-        watermark = int(result.as_numpy("watermark")[0, 0])
+        told = result.as_numpy("history_watermark")
         return Recommendation(
             items=[[item.decode() for item in session] for session in result.as_numpy("items")[0]],
             scores=result.as_numpy("scores")[0].tolist(),
             rewards=None if np.isnan(rewards).all() else rewards.tolist(),
             model_version=int(result.as_numpy("model_version")[0, 0]),
-            watermark=None if watermark < 0 else watermark,
+            watermark=_time(result.as_numpy("watermark")),
+            # Versions that were published before this output was there lack it.
+            history_watermark=None if told is None else _time(told),
         )
 
     def alive(self) -> bool:

@@ -41,6 +41,7 @@ OUTPUTS = (
     Tensor(name="rewards", data_type="TYPE_FP32", dims=(-1, 4)),
     Tensor(name="model_version", data_type="TYPE_INT64", dims=(1,)),
     Tensor(name="watermark", data_type="TYPE_INT64", dims=(1,)),
+    Tensor(name="history_watermark", data_type="TYPE_INT64", dims=(1,)),
 )
 """What an answer holds (docs/serving.md, "The model `recommend`")."""
 

@@ -27,6 +27,8 @@ class Histories:
         self._state = state
         self._clock = clock
         self._reader: Reader | None = None
+        self._newest: int | None = None
+        self._lateness = 0
         self._fault = ""
         self._next_open = float("-inf")
         self._next_refresh = float("-inf")
@@ -39,9 +41,24 @@ class Histories:
         self._next_open = self._clock() + REOPEN_SECONDS
         try:
             self._reader = Reader(state).__enter__()
+            self._lateness = self._reader.semantics().stream.max_out_of_orderness_ms
+            self._note()
             self._fault = ""
         except Exception as error:  # rocksdict raises bare Exceptions
             self._fault = str(error)
+            self.close()
+
+    def _note(self) -> None:
+        """Keep how far the histories reach, once a refresh and not once a request."""
+        watermark = self._reader.watermark() if self._reader is not None else None
+        self._newest = None if watermark is None else watermark + self._lateness
+
+    def watermark(self) -> int | None:
+        """Time in ms of the newest event in the histories of the last `catch_up`; None without a state or an event.
+
+        Events that came later are in none of them; those up to `stream.max_out_of_orderness_ms` before may still come.
+        """
+        return self._newest
 
     def catch_up(self) -> None:
         """See what the writer has committed, unless that was done less than `CATCH_UP_SECONDS` ago."""
@@ -57,6 +74,7 @@ class Histories:
         self._next_refresh = now + CATCH_UP_SECONDS
         try:
             self._reader.refresh()
+            self._note()
         except Exception as error:  # the state was moved or made anew: look again from the start
             self._fault = str(error)
             self.close()
@@ -81,5 +99,6 @@ class Histories:
     def close(self) -> None:
         """Let go of the state."""
         reader, self._reader = self._reader, None
+        self._newest = None
         if reader is not None:
             reader.__exit__(None, None, None)

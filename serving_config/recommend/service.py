@@ -13,7 +13,7 @@ from serving_config.recommend.engine import Engine, History, Select, Sessions, W
 from serving_config.recommend.errors import RequestError
 
 NO_WATERMARK = -1
-"""`watermark` of a version that has learnt nothing yet."""
+"""`watermark` of a version that has learnt nothing yet; `history_watermark` of a host without a state or an event."""
 
 
 class HistorySource(Protocol):
@@ -24,6 +24,9 @@ class HistorySource(Protocol):
 
     def of(self, user_id: str) -> list[str] | None:
         """Item ids oldest first; None for an unknown user."""
+
+    def watermark(self) -> int | None:
+        """Time in ms of the newest event that the histories hold; None where there is none."""
 
     def close(self) -> None:
         """Let go of the source."""
@@ -42,13 +45,14 @@ class Request:
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Answer:
     """items [B, count, m] of bytes, scores [B, count], rewards [B, count, 4] (NaN: the version has no reward model),
-    model_version and watermark int64 [B, 1] (watermark in ms, NO_WATERMARK where nothing was learnt yet)."""
+    model_version, watermark and history_watermark int64 [B, 1] (in ms, NO_WATERMARK where there is nothing yet)."""
 
     items: NDArray[np.object_]
     scores: NDArray[np.float32]
     rewards: NDArray[np.float32]
     model_version: NDArray[np.int64]
     watermark: NDArray[np.int64]
+    history_watermark: NDArray[np.int64]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -142,12 +146,14 @@ class Service:
         manifest = self._engine.manifest
         rows = len(sessions)
         watermark = NO_WATERMARK if manifest.watermark is None else manifest.watermark
+        newest = self._histories.watermark()
         return Answer(
             items=np.stack([session.items for session in sessions]),
             scores=np.stack([session.scores for session in sessions]),
             rewards=np.stack([session.rewards for session in sessions]),
             model_version=np.full((rows, 1), manifest.version, dtype=np.int64),
             watermark=np.full((rows, 1), watermark, dtype=np.int64),
+            history_watermark=np.full((rows, 1), NO_WATERMARK if newest is None else newest, dtype=np.int64),
         )
 
 

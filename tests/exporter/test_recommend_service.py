@@ -31,6 +31,9 @@ class Stored:
     def of(self, user_id: str) -> list[str] | None:
         return STORED.get(user_id)
 
+    def watermark(self) -> int | None:
+        return 5_000 * self.caught_up
+
     def close(self) -> None:
         pass
 

@@ -36,6 +36,7 @@ def test_the_tensors_are_those_of_the_contract() -> None:
         "rewards": (pb.TYPE_FP32, [-1, 4]),
         "model_version": (pb.TYPE_INT64, [1]),
         "watermark": (pb.TYPE_INT64, [1]),
+        "history_watermark": (pb.TYPE_INT64, [1]),
     }
 
 
