@@ -34,6 +34,7 @@ REPLICA: Final = "replica"
 """Sources whose states are copies of what Kafka holds."""
 FAMILIES: Final = ("users", "sessions", "items", "meta")
 _SEQUENCE = struct.Struct(">Q")
+_PROGRESS: Final = b"progress"
 
 
 class Progress(msgspec.Struct):
@@ -87,7 +88,7 @@ def _check_format(meta: Rdict, state: Path) -> None:
 
 
 def _read_progress(meta: Rdict) -> Progress:
-    value = meta.get(b"progress")
+    value = meta.get(_PROGRESS)
     return Progress(Counters()) if value is None else msgspec.json.decode(value, type=Progress)
 
 
@@ -119,6 +120,11 @@ class _Shared(Closing):
         if value is None:
             raise UserError(f"state {self.state} has no settings; it is damaged: replay the log into a new folder")
         return msgspec.json.decode(value, type=Semantics)
+
+    def positions(self) -> dict[str, dict[str, Any]]:
+        """How far every source has been applied, as last given to `commit` or `append`, by source name."""
+        pairs = ((name.decode(), value) for name, value in _scan(self._database.meta, b"p") if name != _PROGRESS[1:])
+        return {name: msgspec.json.decode(value) for name, value in pairs}
 
     def last_sequence(self) -> int:
         """Sequence of the newest committed session, 0 if none."""
@@ -329,7 +335,7 @@ class Store(_Shared):
         meta = self._database.db.get_column_family_handle("meta")
         for source, position in positions.items():
             batch.put(b"p" + source.encode(), msgspec.json.encode(position), meta)
-        batch.put(b"progress", msgspec.json.encode(progress), meta)
+        batch.put(_PROGRESS, msgspec.json.encode(progress), meta)
         self._write(batch)
         self._progress = progress
 

@@ -46,6 +46,9 @@ class Checkpoint(msgspec.Struct, frozen=True, kw_only=True):
     `metrics_bytes` the length of RUN/metrics.jsonl, `score` the mean test-then-train loss since the checkpoint before.
     `version` counts the checkpoints of the run, `pairs` is the last record of the pair log that was taken, `rewards_bytes`
     the length of RUN/rewards.bin, `reward_config` the reward model's architecture (None: the run has none).
+    Lineage: `source` has the positions that the state had reached, by source, when the batch was read, as
+    `streaming.store.Reader.positions` gives them; `code_version` is `onerec.versions.code_version`, `config_sha256` that of
+    RUN/run.json. As `created_ms` they tell of the life that wrote them; checkpoints from before lack them.
     """
 
     step: int
@@ -63,6 +66,9 @@ class Checkpoint(msgspec.Struct, frozen=True, kw_only=True):
     pairs: int = 0
     rewards_bytes: int = 0
     reward_config: RewardModelConfig | None = None
+    source: dict[str, Any] = {}
+    code_version: str | None = None
+    config_sha256: str | None = None
     optimizer: Any = None
     files: dict[str, str] = {}
     format: int = FORMAT

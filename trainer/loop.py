@@ -17,6 +17,8 @@ import torch
 
 from onerec.config import Config
 from onerec.errors import UserError
+from onerec.files import sha256_of
+from onerec.versions import code_version
 from streaming.semantics import SessionConfig
 from streaming.store import Reader
 from trainer import preference
@@ -45,7 +47,7 @@ from trainer.presets import preset
 from trainer.ranks import Ranks
 from trainer.reward_log import REWARDS_FILE
 from trainer.run_files import RunFile
-from trainer.runs import Run, locked, read_run, settled, write_run
+from trainer.runs import Run, locked, read_run, run_path, settled, write_run
 
 METRICS_FILE = "metrics.jsonl"
 WAIT_SECONDS = 0.5
@@ -246,6 +248,7 @@ class _Trainer:
             self._restore(checkpoint)
         self._counters: Counter[str] = Counter(checkpoint.counters if checkpoint else {})
         self._version = checkpoint.version if checkpoint else 0
+        self._code_version, self._config_sha256 = code_version(), sha256_of(run_path(run_dir))
         self._journal = Journal(run_dir / "journal.jsonl")
         self._pairs = PairIntake(run_dir, run, self._journal, self._counters, checkpoint.pairs if checkpoint else 0)
         self._recent: list[Line] = []
@@ -412,6 +415,9 @@ class _Trainer:
                 pairs=self._pairs.taken,
                 rewards_bytes=self._rewards.size,
                 reward_config=self._run.reward_model,
+                source=self._reader.positions(),
+                code_version=self._code_version,
+                config_sha256=self._config_sha256,
             ),
             self._model.state_dict(),
             state,

@@ -14,6 +14,8 @@ import torch
 
 from exporter.trie import build_trie
 from onerec.errors import Failure, UserError
+from onerec.files import sha256_of
+from onerec.versions import code_version
 from streaming.store import Reader
 from trainer.checkpoint import (
     Checkpoint,
@@ -29,7 +31,7 @@ from trainer.ecpo import EcpoConfig, Step, reinforce
 from trainer.items import load_catalogue
 from trainer.optim import Optimizer
 from trainer.policy_rewards import IndustrialReward, ItemFunction, PolicyRewards
-from trainer.runs import Run, locked, read_run, write_run
+from trainer.runs import Run, locked, read_run, run_path, write_run
 
 STEPS_FILE = "reinforce.jsonl"
 
@@ -127,6 +129,8 @@ def reinforce_run(
                 pairs=0,
                 version=1,
                 created_ms=time.time_ns() // 1_000_000,
+                code_version=code_version(),
+                config_sha256=sha256_of(run_path(out_dir)),
             ),
             model.state_dict(),
             {**state, "optimizer": optimizer.state_dict()},

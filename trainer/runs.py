@@ -43,9 +43,14 @@ class Run(msgspec.Struct, frozen=True, kw_only=True):
     format: int = FORMAT
 
 
+def run_path(run_dir: Path) -> Path:
+    """RUN/run.json."""
+    return run_dir / "run.json"
+
+
 def read_run(run_dir: Path) -> Run | None:
     """The run in a folder; None where none was begun. Raises UserError for a file that is damaged or foreign."""
-    path = run_dir / "run.json"
+    path = run_path(run_dir)
     if not path.exists():
         return None
     try:
@@ -61,7 +66,7 @@ def read_run(run_dir: Path) -> Run | None:
 
 def write_run(run_dir: Path, run: Run) -> None:
     """Write run.json whole or not at all."""
-    path = run_dir / "run.json"
+    path = run_path(run_dir)
     staging = path.with_suffix(".writing")
     try:
         run_dir.mkdir(parents=True, exist_ok=True)

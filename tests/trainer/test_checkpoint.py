@@ -1,7 +1,9 @@
 """Checkpoints are whole or absent, and what goes in comes out."""
 
+import hashlib
 from pathlib import Path
 
+import msgspec
 import pytest
 import torch
 
@@ -54,6 +56,18 @@ def test_what_is_saved_is_loaded(tmp_path: Path) -> None:
     optimizer = load_optimizer(loaded)
     assert optimizer["groups"] == OPTIMIZER["groups"]
     assert torch.equal(optimizer["state"][0]["exp_avg"], torch.ones(2))
+
+
+def test_a_checkpoint_from_before_lineage_was_kept_is_read(tmp_path: Path) -> None:
+    save_checkpoint(tmp_path, record(41), WEIGHTS, OPTIMIZER)
+    path = checkpoint_folder(tmp_path, 41) / STATE_FILE
+    content = msgspec.json.decode(path.read_bytes())
+    for name in ("source", "code_version", "config_sha256", "sha256"):
+        del content[name]
+    content["sha256"] = hashlib.sha256(msgspec.json.encode(content)).hexdigest()
+    path.write_bytes(msgspec.json.encode(content))
+    loaded = load_checkpoint(path.parent)
+    assert loaded.step == 41 and loaded.source == {} and loaded.code_version is loaded.config_sha256 is None
 
 
 def test_flattening_keeps_types_and_integer_keys() -> None:

@@ -16,6 +16,7 @@ import pytest
 
 from onerec.config import Config, load_config
 from onerec.errors import UserError
+from onerec.versions import code_version
 from streaming.changes import Changes, Counters
 from streaming.items import ItemRecord
 from streaming.semantics import Semantics, SessionConfig
@@ -74,7 +75,7 @@ def write(state: Path, sessions: list[Session], items: list[ItemRecord], semanti
         )
         if items:
             store.put_items(items)
-        store.commit(core, Changes({}, sessions, [], []), {})
+        store.commit(core, Changes({}, sessions, [], []), {"log.jsonl": {"records": counters.events + len(sessions)}})
 
 
 @pytest.fixture(scope="module")
@@ -136,6 +137,14 @@ def test_checkpoints_are_kept_by_age_and_score(reference: tuple[Path, Result]) -
     checkpoint = latest_checkpoint(run)
     assert checkpoint.counters["sessions"] == 160
     assert load_model(checkpoint).config == read_run(run).model  # type: ignore[union-attr]
+
+
+def test_a_checkpoint_says_what_it_was_made_of(state: Path, reference: tuple[Path, Result]) -> None:
+    run, _ = reference
+    checkpoint = latest_checkpoint(run)
+    assert checkpoint.source == {"log.jsonl": {"records": 200}}
+    assert checkpoint.config_sha256 == hashlib.sha256((run / "run.json").read_bytes()).hexdigest()
+    assert checkpoint.code_version == code_version()
 
 
 def test_stopped_anywhere_and_started_again_gives_the_same_bytes(
