@@ -6,6 +6,7 @@ the same in live and in replayed time. Where a stage has no watermark there is n
 
 from __future__ import annotations
 
+import datetime
 from typing import Any
 
 import msgspec
@@ -70,6 +71,13 @@ def to_json(found: Chain) -> dict[str, Any]:
     }
     report["event_to_served_ms"] = found.event_to_served_ms
     return report
+
+
+def format_time(ms: int | None) -> str:
+    """Epoch milliseconds as a UTC date and time for people; `no data` for None."""
+    if ms is None:
+        return "no data"
+    return datetime.datetime.fromtimestamp(ms / 1000, datetime.UTC).strftime("%Y-%m-%d %H:%M:%S")
 
 
 def format_age(age_ms: int | None) -> str:

@@ -1,4 +1,4 @@
-"""`onerec run`: the embedded online-learning system in one command; `onerec status`: how fresh what it serves is."""
+"""`onerec run`: the embedded online-learning system in one command."""
 
 from __future__ import annotations
 
@@ -16,15 +16,12 @@ import typer
 from onerec.console import (
     BootstrapOption,
     ConfigOption,
-    JsonOption,
     RepositoryOption,
     RunOption,
     SetOption,
     StateOption,
     err,
-    out,
 )
-from onerec.console import print_json as print_json_line
 from onerec.errors import UserError
 from onerec.kafka_jobs import answers, kafka_jobs, sampler_jobs
 
@@ -282,51 +279,6 @@ def _jobs(*, files: list[Path], state: Path, run_dir: Path, repository: Path, it
     return jobs
 
 
-def status(
-    state: StateOption,
-    run_dir: RunOption,
-    repository: RepositoryOption,
-    server: Annotated[str, typer.Option(help="Triton's gRPC address.")] = "127.0.0.1:8001",
-    json: JsonOption = False,
-) -> None:
-    """How old the knowledge is that users are served from, stage by stage.
-
-    *event*: the newest event in the state. *history*: histories are complete up to there. *session*: the end of the
-    newest session. *trained*, *exported*, *served*: what the newest checkpoint, the newest version in the repository, and
-    the version with which Triton answers have learnt up to.
-
-    Ages are against log time (the newest event), and so mean the same in a replay; "age now" is against the wall clock.
-    A part that cannot be asked has "no data".
-
-    Example: `onerec status --state .demo/state --run .demo/run --repository .demo/repository`
-    """
-    from rich.table import Table
-
-    from onerec.freshness import chain, format_age, to_json
-    from onerec.probe import probe
-
-    found = probe(state, run_dir, repository, server)
-    ages = chain(found.watermarks, int(time.time() * 1000))
-    for fault in found.faults:
-        err.print(f"onerec: {fault}", style="yellow", markup=False, highlight=False, soft_wrap=True)
-    if json:
-        print_json_line(to_json(ages))
-        return
-    table = Table(box=None, pad_edge=False)
-    for name in ("stage", "event time (UTC)", "age in log time", "age now", ""):
-        table.add_column(name, justify="right" if name.startswith("age") else "left", no_wrap=True)
-    notes = {"trained": ("step", found.step), "exported": ("version", found.exported_version),
-             "served": ("version", found.served_version)}
-    for stage in ages.stages:
-        noun, number = notes.get(stage.name, ("", None))
-        when = _utc(stage.watermark_ms) if stage.watermark_ms is not None else "no data"
-        table.add_row(stage.name, when, format_age(stage.age_ms), format_age(stage.wall_age_ms),
-                      "" if number is None else f"{noun} {number}")
-    out.print(table)
-    out.print(f"event → served: {format_age(ages.event_to_served_ms)}", style="bold", highlight=False)
-
-
 def register(app: typer.Typer) -> None:
-    """Add `run` and `status`."""
+    """Add `run`."""
     app.command()(run)
-    app.command()(status)
