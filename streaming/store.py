@@ -144,13 +144,20 @@ class _Shared(Closing):
             return None
         return history_of(self._database.users.get(b"l" + name), base, self._length())
 
-    def users(self) -> Iterator[tuple[str, list[str]]]:
-        """(user id, H(∞)) of every user with a valid event, in byte order of the id."""
+    def users(self, prefix: str = "") -> Iterator[tuple[str, list[str]]]:
+        """(user id, H(∞)) of every user with a valid event whose id begins with `prefix`, in byte order of the id."""
         n = self._length()
         users = self._database.users
-        for name, base in _scan(users, b"b"):
+        begins = prefix.encode()
+        for rest, base in _scan(users, b"b" + begins):
             if is_seen(base):
+                name = begins + rest
                 yield name.decode(), history_of(users.get(b"l" + name), base, n)
+
+    def item(self, item_id: str) -> ItemRecord | None:
+        """The newest catalogue entry of an item, None where there is none."""
+        value = self._database.items.get(b"i" + item_id.encode())
+        return None if value is None else decode_item(value[8:])
 
     def items(self, after: int = 0) -> Iterator[tuple[int, ItemRecord]]:
         """(sequence, entry) of the catalogue in order of arrival; an entry sent again has only its newest place."""
