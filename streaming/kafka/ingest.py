@@ -17,7 +17,7 @@ import orjson
 from confluent_kafka import Consumer, KafkaError, KafkaException, Producer, TopicPartition
 
 from onerec.config import Config
-from onerec.errors import Failure, UserError
+from onerec.errors import Failure, OneRecError, UserError
 from streaming.kafka import codes, settings, topics
 from streaming.kafka.lane import (
     AGAIN_HEADER,
@@ -33,6 +33,7 @@ from streaming.kafka.lane import (
     stood,
 )
 from streaming.kafka.merging import Position, Raw, Rules
+from streaming.kafka.outbox import Decisions, wait_decided
 from streaming.kafka.partitioning import Partitioner
 from streaming.kafka.schemas import Schemas
 
@@ -112,6 +113,7 @@ class Ingest:
         self._paused: set[tuple[int, int]] = set()
         self._fault: UserError | Failure | None = None
         self._stopping = False
+        self._decisions: Decisions | None = None
         self._most = 200
         self._pulse = Pulse(self._idle)
         self._source = {self._kafka.named(name): number for number, name in enumerate(RAW)}
@@ -171,6 +173,9 @@ class Ingest:
                 if until_end and self._ended():
                     break
             self._finish()
+            if until_end and not self._stopping:
+                # Whoever starts when this has ended finds all of it.
+                wait_decided(self._kafka, ("events", "dead-letters", "catalogue"))
         finally:
             self._close()
         return self.counts
@@ -440,8 +445,13 @@ class Ingest:
             for lane in lanes for number, topic in enumerate(self._topics)
         ]
         try:
-            return all(self._consumer.get_watermark_offsets(place, timeout=ANSWER_SECONDS)[1] <= end for place, end in places)
-        except KafkaException:
+            if self._decisions is None:
+                self._decisions = Decisions(self._kafka, RAW)
+            # In this order: what was committed by the first question is within the end that the second one gets.
+            return not self._decisions.pending() and all(
+                self._consumer.get_watermark_offsets(place, timeout=ANSWER_SECONDS)[1] <= end for place, end in places
+            )
+        except (KafkaException, OneRecError):
             return False
 
     def _settle(self, lane: Lane, seconds: float) -> None:

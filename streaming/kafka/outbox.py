@@ -194,34 +194,48 @@ def packed(lines: list[bytes], pack: int) -> list[bytes]:
     return messages
 
 
-def wait_decided(config: KafkaConfig, names: Sequence[str] = (PROGRESS,)) -> None:
-    """Waits until every transaction now open in these topics is committed or aborted, so that reading them misses none.
+class Decisions:
+    """Whether transactions are still open in some topics: a commit is answered before its markers are in the topics."""
 
-    A commit is answered before its markers are in the topics; one that a killed process left open is aborted by the broker
-    after kafka.transaction_timeout_ms. Raises Failure beyond that.
-    """
-    asked = admin(config)
-    parts = [
-        TopicPartition(config.named(name), partition)
-        for name in names for partition in range(config.partitions if TOPICS[name].by_user else 1)
-    ]
-    deadline = time.monotonic() + config.transaction_timeout_ms / 1000 + 30
+    def __init__(self, config: KafkaConfig, names: Sequence[str]) -> None:
+        self._admin = admin(config)
+        self._names = names
+        self._parts = [
+            TopicPartition(config.named(name), partition)
+            for name in names for partition in range(config.partitions if TOPICS[name].by_user else 1)
+        ]
 
-    def ends(level: IsolationLevel) -> list[int]:
+    def ends(self, level: IsolationLevel) -> list[int]:
+        """The end of every partition. Raises Failure where the broker does not say for `ANSWER_SECONDS`."""
         patience = time.monotonic() + ANSWER_SECONDS
         while True:
-            wanted = {part: OffsetSpec.latest() for part in parts}
-            found = asked.list_offsets(wanted, isolation_level=level, request_timeout=10.0)
+            wanted = {part: OffsetSpec.latest() for part in self._parts}
+            found = self._admin.list_offsets(wanted, isolation_level=level, request_timeout=10.0)
             try:
-                return [int(found[part].result().offset) for part in parts]
+                return [int(found[part].result().offset) for part in self._parts]
             except KafkaException as error:
                 # A topic just made, or a broker just back, has no leader or another one for a moment.
                 if time.monotonic() > patience:
-                    raise Failure(f"topics {', '.join(names)}: {error.args[0].str()}; look at the broker's log") from None
+                    raise Failure(
+                        f"topics {', '.join(self._names)}: {error.args[0].str()}; look at the broker's log"
+                    ) from None
             time.sleep(0.1)
 
-    wanted = ends(IsolationLevel.READ_UNCOMMITTED)
-    while any(map(int.__lt__, ends(IsolationLevel.READ_COMMITTED), wanted)):
+    def pending(self) -> bool:
+        """Whether anything is written that is neither committed nor aborted."""
+        committed = self.ends(IsolationLevel.READ_COMMITTED)
+        return any(map(int.__lt__, committed, self.ends(IsolationLevel.READ_UNCOMMITTED)))
+
+
+def wait_decided(config: KafkaConfig, names: Sequence[str] = (PROGRESS,)) -> None:
+    """Waits until every transaction now open in these topics is committed or aborted, so that reading them misses none.
+
+    One that a killed process left open is aborted by the broker after kafka.transaction_timeout_ms. Raises Failure beyond.
+    """
+    asked = Decisions(config, names)
+    deadline = time.monotonic() + config.transaction_timeout_ms / 1000 + 30
+    wanted = asked.ends(IsolationLevel.READ_UNCOMMITTED)
+    while any(map(int.__lt__, asked.ends(IsolationLevel.READ_COMMITTED), wanted)):
         if time.monotonic() > deadline:
             raise Failure(f"topics {', '.join(names)}: a transaction stays open beyond its timeout; look at the broker's log")
         time.sleep(0.02)

@@ -12,6 +12,7 @@ import orjson
 from confluent_kafka import Consumer, KafkaError, KafkaException, Message, TopicPartition
 from reference_log import COUNTED, Reference, onerec
 
+from streaming.kafka.outbox import wait_decided
 from streaming.kafka.settings import KafkaConfig, consumer
 from streaming.kafka.wire import NOTHING, PROGRESS_KEY, Progress, decode_progress
 from streaming.state import history_of, is_seen
@@ -25,6 +26,7 @@ class Tail:
 
     def __init__(self, config: KafkaConfig, topic: str) -> None:
         self.topic = topic
+        self._config = config
         self._consumer = Consumer(
             {**consumer(config, group_id="comparison", auto_offset_reset="earliest", enable_partition_eof=True), "log_level": 0}
         )
@@ -46,7 +48,11 @@ class Tail:
         return [message for message in self._consumer.consume(10_000, seconds) if message.error() is None]
 
     def rest(self, seconds: float = 60.0) -> Iterator[Message]:
-        """Everything up to the present end of every partition. Raises KafkaException where an end is not reached."""
+        """Everything up to the present end of every partition. Raises KafkaException where an end is not reached.
+
+        A commit is answered a moment before readers see it: transactions that are open now are waited for.
+        """
+        wait_decided(self._config, [self.topic])
         missing = set(self._parts)
         while missing:
             message = self._consumer.poll(seconds)

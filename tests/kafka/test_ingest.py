@@ -28,7 +28,7 @@ from streaming.kafka import settings, topics
 from streaming.kafka.broker import Broker
 from streaming.kafka.ingest import Ingest
 from streaming.kafka.lane import Counts
-from streaming.kafka.outbox import Outbox
+from streaming.kafka.outbox import Decisions, Outbox, wait_decided
 from streaming.kafka.partitioning import partition_of
 from streaming.kafka.settings import KafkaConfig
 from streaming.kafka.wire import END, marker_time
@@ -223,6 +223,28 @@ def test_instances_killed_at_any_moment_write_every_line_once_and_in_order(clust
         for process in (*pair, source):
             process.kill()
     assert events(config) == merged(config)
+
+
+def test_a_commit_that_readers_do_not_see_yet_is_waited_for(cluster: Cluster) -> None:
+    config = cluster(partitions=1)
+    names, place = ["events"], TopicPartition(config.named("events"), 0)
+    asked = Decisions(config, names)
+    reader = Consumer(settings.consumer(config, group_id="ends"))
+    producer = Producer(settings.producer(config, transactional_id=config.named("test")))
+    producer.init_transactions(60)
+    early = 0
+    for number in range(1, 101):
+        producer.begin_transaction()
+        producer.produce(config.named("events"), b"line", partition=0)
+        producer.flush(60)
+        assert asked.pending()
+        producer.commit_transaction(60)
+        early += reader.get_watermark_offsets(place, timeout=60)[1] < 2 * number
+        wait_decided(config, names)
+        assert not asked.pending() and reader.get_watermark_offsets(place, timeout=60)[1] == 2 * number
+    reader.close()
+    # Else this test shows nothing: a commit is answered before its marker is in the topic, here one in two to five times.
+    assert early > 0
 
 
 def test_a_quiet_topic_is_left_out_and_a_quiet_partition_gets_the_newest_event_time(cluster: Cluster) -> None:
