@@ -33,6 +33,8 @@ disable_created_metrics()
 
 RETRY_SECONDS = 5.0
 """Between two tries to get a port that somebody else holds."""
+SENDING_SECONDS = 0.5
+"""After a scrape was noticed: its answer is still being written, in a thread that the process' end would cut off."""
 
 
 class Known(Collector):
@@ -195,6 +197,8 @@ class Metrics:
         began = time.monotonic()
         while self.address and not stopped() and (self.scraped_at is None or self.scraped_at < began):
             self._closed.wait(seconds)
+        if self.scraped_at is not None and self.scraped_at >= began:
+            self._closed.wait(SENDING_SECONDS)
 
     def __exit__(self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None) -> None:
         self._closed.set()

@@ -16,13 +16,14 @@ Share = Annotated[float, msgspec.Meta(ge=0, le=1)]
 class MetricsConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """Where a process serves its metrics: no `port`, nowhere; 0, a free one. `--metrics-port` of a command wins.
 
-    `folder`: each process writes PROCESS.address there while it serves. `linger`: a job that has ended stays up until
-    it was scraped or told to stop.
+    `folder`: each process writes PROCESS.address there while it serves; `name` says what PROCESS is where several are alike.
+    `linger`: a job that has ended stays up until it was scraped or told to stop.
     """
 
     port: Port | None = None
     host: str = "127.0.0.1"
     folder: str = ""
+    name: str = ""
     linger: bool = True
 
 
