@@ -39,9 +39,13 @@ class Changes(msgspec.Struct):
     """What a batch changed: values per user, sessions in commit order, refusals, catalogue entries in order of arrival.
 
     A user's value is (live, base): live None means that no live event is left, base None that the base is as before.
+    `late_used` counts late events that went into a history all the same; `open_users` are those who then have a session that
+    is not final.
     """
 
     users: dict[str, tuple[bytes | None, bytes | None]]
     sessions: list[Session]
     dead_letters: list[DeadLetter]
     items: list[ItemRecord]
+    late_used: int = 0
+    open_users: int = 0

@@ -86,6 +86,8 @@ class Core:
         self._touched: dict[str, User] = {}
         self._due: list[tuple[int, str]] = list(due)
         heapq.heapify(self._due)
+        self._open_users = len(self._due)
+        self._late_used = 0
         self._max_users = max_users
         self._final: list[Session] = []
         self._sealed: list[Session] = []
@@ -252,6 +254,7 @@ class Core:
         opened = user.open
         if ts < wm:
             self.counters.late += 1
+            self._late_used += effective
             flags = LATE | KNOWN if ts >= known_from else LATE
         else:
             if len(opened) + len(user.pending) > self._max_open:
@@ -319,6 +322,7 @@ class Core:
         """A watch at `ts` may end a session: it can be due from then on."""
         due = ts + self._gap_ms
         if due < user.due:
+            self._open_users += user.due == NEVER
             user.due = due
             heapq.heappush(self._due, (due, user_id))
 
@@ -361,8 +365,10 @@ class Core:
                 self._final.append(final)
                 unwritten = [s for s in unwritten if s is not session]
             user.open = [e for e in user.open if e.flags & OPEN] if waiting else []
+        self._open_users -= user.due != NEVER
         user.due = NEVER
         if waiting:
+            self._open_users += 1
             user.due = min([s.end + gap for s in waiting])
             heapq.heappush(self._due, (user.due, user_id))
         if due:
@@ -402,4 +408,5 @@ class Core:
         sessions, self._sealed = self._sealed, []
         dead, self._dead = self._dead, []
         items, self._items = self._items, []
-        return Changes(changed, sessions, dead, items)
+        late_used, self._late_used = self._late_used, 0
+        return Changes(changed, sessions, dead, items, late_used, self._open_users)
