@@ -94,6 +94,10 @@ class Pace:
         """Whether an event of this time may be applied now."""
         return self._when(ts) <= self._clock.monotonic()
 
+    def behind_ms(self, ts: int) -> int:
+        """Log time since an event of this time should have been applied; 0 where it may not be yet."""
+        return max(0, int((self._clock.monotonic() - self._when(ts)) * self._speed * 1000))
+
     def wait(self, ts: int) -> None:
         """Sleeps until it may, and at least a tick, so that commits stay few."""
         while (left := self._when(ts) - self._clock.monotonic()) > 0:

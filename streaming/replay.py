@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import gc
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Final, NamedTuple
 
 import msgspec
@@ -26,15 +26,25 @@ Record = tuple[Any, bytes | Row]
 
 
 class Step(NamedTuple):
-    """What the replay has come to, for whoever shows it."""
+    """What a commit has brought the replay to, for whoever shows or measures it.
+
+    `records` are those applied, `changes` what they changed; `behind_ms` is how much log time is due and not applied, None
+    where the log has no pace.
+    """
 
     counters: Counters
     watermark: int | None
     fraction: float | None
+    changes: Changes
+    records: Sequence[bytes | Row]
+    behind_ms: int | None
 
 
 class Replay:
-    """Applies sources to a store. `run` returns the final line of §9; `on_step` is called after each commit."""
+    """Applies sources to a store. `run` returns the final line of §9; `on_step` is called after each commit.
+
+    `on_ready` is called once, when the first record is there to be applied.
+    """
 
     def __init__(
         self,
@@ -47,6 +57,7 @@ class Replay:
         flush: bool = True,
         clock: Clock | None = None,
         on_step: Callable[[Step], None] | None = None,
+        on_ready: Callable[[], None] | None = None,
         max_batch: int | None = None,
     ) -> None:
         if len({source_name(path) for path in paths}) < len(paths):
@@ -56,6 +67,7 @@ class Replay:
         self._speed = speed
         self._flush = flush
         self._on_step = on_step or (lambda step: None)
+        self._on_ready = on_ready
         self._max_batch = max_batch
         self._core: Core = store.core()
         future = store.semantics().stream.future_ms
@@ -100,17 +112,29 @@ class Replay:
             "events_per_second": round(done / seconds, 1) if seconds > 0 else 0.0,
         }
 
-    def _commit(self, changes: Changes, positions: dict[str, Position]) -> None:
+    def _ready(self) -> None:
+        told, self._on_ready = self._on_ready, None
+        if told is not None:
+            told()
+
+    def _commit(
+        self,
+        changes: Changes,
+        positions: dict[str, Position],
+        records: Sequence[bytes | Row] = (),
+        behind_ms: int | None = None,
+    ) -> None:
         self._store.commit(
             self._core, changes, {name: msgspec.to_builtins(position) for name, position in positions.items()}
         )
         fractions = [fraction for source in self._sources if (fraction := source.stream.fraction()) is not None]
         fraction = sum(fractions) / len(fractions) if fractions else None
-        self._on_step(Step(self._core.counters, self._core.watermark, fraction))
+        self._on_step(Step(self._core.counters, self._core.watermark, fraction, changes, records, behind_ms))
 
     def _plain(self, source: Source) -> None:
         """One source: whole blocks straight into the core."""
         for batch in source.batches(self._max_ts):
+            self._ready()
             records, name = batch.records, source.name
             size = self._max_batch or len(records)
             left = 0 if size >= len(records) else sum(map(size_of, records))
@@ -120,7 +144,7 @@ class Replay:
                 changes = self._core.apply(enumerate(part, batch.first + i), self._clock.wall_ms())
                 left -= sum(map(size_of, part)) if left else 0
                 position = source.position(batch.first + i + len(part) - 1, batch.bytes_after - left)
-                self._commit(_named(changes, name), {name: position})
+                self._commit(_named(changes, name), {name: position}, part)
 
     def _merged(self, sources: list[Source]) -> None:
         """Several sources by event time, or one at a pace."""
@@ -128,6 +152,7 @@ class Replay:
         pace = Pace(self._speed, self._clock) if self._speed is not None else None
         records: list[Record] = []
         size = 0
+        self._ready()
         while True:
             cursor = next_cursor(cursors)
             head = cursor.head if cursor else None
@@ -135,7 +160,9 @@ class Replay:
             full = len(records) >= (self._max_batch or MERGE_RECORDS) or size >= MERGE_BYTES
             if records and (full or not ready or head is None):
                 changes = self._core.apply(records, self._clock.wall_ms())
-                self._commit(changes, {c.source.name: c.position() for c in cursors})
+                behind = None if pace is None else pace.behind_ms(head.ts) if head and head.ts is not None else 0
+                positions = {c.source.name: c.position() for c in cursors}
+                self._commit(changes, positions, [row for _, row in records], behind)
                 records, size = [], 0
             if cursor is None or head is None:
                 return
@@ -151,6 +178,7 @@ class Replay:
         dead: list[DeadLetter] = []
         count, number = 0, source.start.records
         for number, raw, seed in source.seeds():
+            self._ready()
             count += 1
             if isinstance(seed, Rejected):
                 dead.append(DeadLetter(f"{source.name}:{number}", raw, seed.reason))
