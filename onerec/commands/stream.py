@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -14,7 +15,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, Ti
 from rich.table import Table
 
 from onerec.config import load_config
-from onerec.console import ConfigOption, JsonOption, SetOption, StateOption, err, out, print_json
+from onerec.console import ConfigOption, JsonOption, MetricsPortOption, SetOption, StateOption, err, out, print_json
 from onerec.errors import UserError
 from onerec.signals import interruptible
 
@@ -57,6 +58,7 @@ def replay(
     batch: Annotated[
         int | None, typer.Option("--batch", min=1, help="At most so many records a commit.", show_default=False)
     ] = None,
+    metrics_port: MetricsPortOption = None,
     config: ConfigOption = None,
     set: SetOption = None,
     json: JsonOption = False,
@@ -74,8 +76,11 @@ def replay(
 
         zstdcat live.jsonl.zst | onerec replay - --state state --no-flush
     """
+    from onerec.monitor.of_stream import ReplayMetrics
+    from onerec.monitor.opening import linger, open_metrics
     from streaming.formats import FORMATS
     from streaming.replay import Replay
+    from streaming.rocks import database_path
     from streaming.rows import parse_mapping
     from streaming.store import Store
 
@@ -86,35 +91,41 @@ def replay(
     settings = load_config(config, set)
     mapping = parse_mapping(map)
     stopped = "stopped; all commits so far are stored, the same command goes on from there"
-    with interruptible(stopped), Store(state, settings.semantics) as store:
-        if items:
-            _put_items(store, items)
-        progress = Progress(
-            TextColumn("replay"), BarColumn(), TextColumn("{task.percentage:>3.0f}%"), TextColumn("{task.fields[rate]}"),
-            TextColumn("{task.fields[reached]}"), TimeElapsedColumn(), TimeRemainingColumn(),
-            console=err, transient=json, disable=not err.is_terminal,
-        )
-        with progress:
-            task = progress.add_task("replay", total=1.0, rate="", reached="")
-            first: list[int] = []
+    progress = Progress(
+        TextColumn("replay"), BarColumn(), TextColumn("{task.percentage:>3.0f}%"), TextColumn("{task.fields[rate]}"),
+        TextColumn("{task.fields[reached]}"), TimeElapsedColumn(), TimeRemainingColumn(),
+        console=err, transient=json, disable=not err.is_terminal,
+    )
+    began = time.monotonic()
+    with open_metrics("replay", settings, metrics_port) as metrics:
+        with interruptible(stopped), Store(state, settings.semantics) as store:
+            measured = ReplayMetrics(metrics, settings, database_path(state), store.counters(), began)
+            if items:
+                _put_items(store, items)
+            with progress:
+                task = progress.add_task("replay", total=1.0, rate="", reached="")
+                first: list[int] = []
 
-            def show(step: Step) -> None:
-                first.append(step.counters.events) if not first else None
-                elapsed = progress.tasks[0].elapsed or 0.0
-                rate = (step.counters.events - first[0]) / elapsed if elapsed > 0 else 0.0
-                progress.update(
-                    task, completed=step.fraction, total=None if step.fraction is None else 1.0,
-                    rate=f"{rate:,.0f} events/s", reached=f"to {when(step.watermark)}",
+                def show(step: Step) -> None:
+                    measured(step)
+                    first.append(step.counters.events) if not first else None
+                    elapsed = progress.tasks[0].elapsed or 0.0
+                    rate = (step.counters.events - first[0]) / elapsed if elapsed > 0 else 0.0
+                    progress.update(
+                        task, completed=step.fraction, total=None if step.fraction is None else 1.0,
+                        rate=f"{rate:,.0f} events/s", reached=f"to {when(step.watermark)}",
+                    )
+
+                job = Replay(
+                    store, files, wanted=format, mapping=mapping, speed=speed, flush=flush,
+                    on_step=show, on_ready=measured.ready, max_batch=batch,
                 )
-
-            job = Replay(
-                store, files, wanted=format, mapping=mapping, speed=speed, flush=flush, on_step=show, max_batch=batch
-            )
-            summary = job.run()
-    if json:
-        print_json(summary)
-    else:
-        _print_summary(summary, state)
+                summary = job.run()
+        if json:
+            print_json(summary)
+        else:
+            _print_summary(summary, state)
+        linger(metrics, settings)
 
 
 def _put_items(store: Any, paths: list[str]) -> None:

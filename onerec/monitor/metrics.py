@@ -112,6 +112,8 @@ class Metrics:
         self.ages = Ages()
         self.scraped_at: float | None = None
         """Monotonic time of the last scrape that came in over HTTP."""
+        self.before_scrape: list[Callable[[], None]] = []
+        """Called in a thread of the server whenever somebody scrapes: what is looked up then costs nothing in between."""
         self._negative: list[Ages] = []
         self._made: dict[str, Any] = {}
         self._port, self._host, self._folder, self._say = port, host, folder, say
@@ -212,15 +214,20 @@ class Metrics:
 
 
 class _Scraped:
-    """The registry as the HTTP server sees it; notes when it was asked."""
+    """The registry as the HTTP server sees it: looks things up and notes when it was asked."""
 
     def __init__(self, metrics: Metrics) -> None:
         self._metrics = metrics
 
     def collect(self) -> Iterable[Metric]:
-        self._metrics.scraped_at = time.monotonic()
+        self._asked()
         return self._metrics.registry.collect()
 
     def restricted_registry(self, names: Iterable[str]) -> Any:
-        self._metrics.scraped_at = time.monotonic()
+        self._asked()
         return self._metrics.registry.restricted_registry(names)
+
+    def _asked(self) -> None:
+        self._metrics.scraped_at = time.monotonic()
+        for look in self._metrics.before_scrape:
+            look()
