@@ -88,6 +88,22 @@ def checkpoint_steps(run_dir: Path) -> list[int]:
     return sorted(int(entry.name) for entry in root.iterdir() if entry.is_dir() and entry.name.isdigit())
 
 
+class _Version(msgspec.Struct):
+    """What a look at a checkpoint asks of its record."""
+
+    version: int
+
+
+def newest_version(run_dir: Path) -> int | None:
+    """Version of the newest checkpoint, taken at its word; None where there is none, or it was pruned meanwhile."""
+    steps = checkpoint_steps(run_dir)
+    try:
+        content = (checkpoint_folder(run_dir, steps[-1]) / STATE_FILE).read_bytes() if steps else b""
+        return msgspec.json.decode(content, type=_Version).version
+    except (OSError, msgspec.DecodeError):
+        return None
+
+
 def flatten_state(state: Any, prefix: str = "") -> tuple[dict[str, torch.Tensor], Any]:
     """Any nest of dicts, lists, numbers and tensors as (tensors by path, JSON skeleton); `unflatten_state` reverses it.
 

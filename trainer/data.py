@@ -98,7 +98,8 @@ class Batch(NamedTuple):
     """The windows of whole consecutive sessions, up to `last`; `cursor` is where the next batch begins.
 
     They differ where a pass over the backlog ends: `cursor` is then at the beginning of the next pass. `examples` are of
-    the high-quality sessions, `judged` are all of them.
+    the high-quality sessions, `judged` are all of them. `event_ms`: times in ms of the watches of its sessions that are
+    learnt for the first time, by either model.
     """
 
     examples: list[Example]
@@ -106,6 +107,7 @@ class Batch(NamedTuple):
     last: Cursor
     cursor: Cursor
     counts: Mapping[str, int]
+    event_ms: Sequence[int] = ()
 
 
 class Arrays(NamedTuple):
@@ -286,6 +288,7 @@ class BatchReader:
         covered = self._journal.covers(step)
         examples: list[Example] = []
         judged: list[Judged] = []
+        event_ms: list[int] = []
         counts: Counter[str] = Counter()
         items: int | None = None
         begin = 0
@@ -298,7 +301,7 @@ class BatchReader:
                 if examples:
                     break
             if entry.end is not None and self._scanned >= entry.end and examples:
-                return Batch(examples, judged, last, last, dict(counts))
+                return Batch(examples, judged, last, last, dict(counts), event_ms)
             place = self._scanned
             session = self._read()
             if session is None:
@@ -310,7 +313,7 @@ class BatchReader:
                 waited = first_seen is not None and self._clock() - first_seen >= self._idle_seconds
                 if examples and (waited or not self._follow):
                     self._journal.append(Entry(step=step, end=self._scanned, items=items, begin=begin))
-                    return Batch(examples, judged, last, last, dict(counts))
+                    return Batch(examples, judged, last, last, dict(counts), event_ms)
                 if self._stopped() or not self._follow:
                     if examples:
                         self._newest_end, self._exhausted = newest_end, False
@@ -324,24 +327,29 @@ class BatchReader:
                 items, begin = self.known, place
             last = Cursor(round=self._round, sequence=self._scanned)
             fresh = self._round == 0 or self._scanned > self._backlog
+            learnt = False
             if self._judge_history:
                 seen = judge_session(
                     session, self.items.index, self.known,
                     m=self._m, n=self._judge_history, swt_cap_ms=self._swt_cap_ms, fresh=fresh,
                 )
+                learnt = seen is not None
                 judged += [seen] if seen is not None else []
             if session.high_quality:
                 found = session_examples(
                     session, self.items.index, self.known, m=self._m, n=self._n, fresh=fresh, counts=counts
                 )
                 counts["sessions"] += fresh
+                learnt = learnt or bool(found)
                 examples += found
                 first_seen = self._clock() if first_seen is None and found else first_seen
+            if learnt and fresh:
+                event_ms += [item.ts for item in session.items]
             if len(examples) >= self._batch_windows:
                 break
         if items is not None:
             self._journal.append(Entry(step=step, items=items, begin=begin))
-        return Batch(examples, judged, last, Cursor(round=self._round, sequence=self._scanned), dict(counts))
+        return Batch(examples, judged, last, Cursor(round=self._round, sequence=self._scanned), dict(counts), event_ms)
 
     def watermark(self) -> int | None:
         """Event time in ms up to which every session that ended is learnt, given that all batches so far are.

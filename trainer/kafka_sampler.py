@@ -25,7 +25,7 @@ from streaming.kafka.tail import Delay, Tail
 from streaming.kafka.topics import require, topic_ids
 from trainer.checkpoint import Checkpoint
 from trainer.pairs import SCAN, PairIndex, PairLog, PairReader, Record, decode_record, encode_record, is_sampled, pairs_path
-from trainer.sampler import POLL_SECONDS, Sampler, Say, Snapshots, Waiting, check_sampling
+from trainer.sampler import POLL_SECONDS, Sampler, Say, Snapshots, Waiting, Wrote, check_sampling
 from trainer.sampler_stats import Meter, Stats, stats_path
 
 HOLD_QUEUES = 4
@@ -103,7 +103,7 @@ class KafkaSource(Closing):
 
     def next(self, count: int) -> list[Waiting]:
         """By event time."""
-        return [Waiting(s.session_id, s.place, s.history) for s in self._next(count)]
+        return [Waiting(s.session_id, s.place, s.history, s.end) for s in self._next(count)]
 
     def _next(self, count: int) -> list[Sampled]:
         return self._stream.next(self._until, count)
@@ -134,6 +134,7 @@ def sample_from_kafka(
     stopped: Callable[[], bool] = lambda: False,
     say: Say = lambda text: None,
     progress: Callable[[Stats], None] = lambda stats: None,
+    wrote: Wrote = lambda records: None,
 ) -> Stats:
     """Make pairs for a run until stopped, beside others that do; `state_dir` is the trainer's, for its catalogue.
 
@@ -144,7 +145,7 @@ def sample_from_kafka(
     run_id(run_dir)
     with Seat(run_dir) as seat, KafkaSource(config, run_dir, seat, queue=queue, say=say, stopped=stopped) as source:
         meter = Meter(stats_path(run_dir, seat.number), source.index)
-        sampler = Sampler(source, Snapshots(state_dir, run_dir, config, say), meter, queue=queue)
+        sampler = Sampler(source, Snapshots(state_dir, run_dir, config, say), meter, queue=queue, wrote=wrote)
         return sampler.run(True, stopped, say, progress)
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +42,7 @@ from trainer.learner import Learner
 from trainer.model import OneRec
 from trainer.optim import resolve_precision
 from trainer.pair_intake import PairIntake, preference_line
+from trainer.pairs import Pair
 from trainer.parallel import Leader, optimizer_of
 from trainer.presets import preset
 from trainer.ranks import Ranks
@@ -53,16 +54,6 @@ METRICS_FILE = "metrics.jsonl"
 WAIT_SECONDS = 0.5
 
 
-class Progress(msgspec.Struct, frozen=True, kw_only=True):
-    """Where the trainer stands after a batch: sessions learnt, of so many in the log; `watermark` in ms."""
-
-    line: Line
-    sessions: int
-    log_sessions: int
-    sessions_per_second: float
-    watermark: int | None
-
-
 class PairCounts(msgspec.Struct, frozen=True, kw_only=True):
     """Records of the pair log that a run took: learnt, dropped by the sampler, and passed over by the trainer and why."""
 
@@ -71,6 +62,23 @@ class PairCounts(msgspec.Struct, frozen=True, kw_only=True):
     stale: int
     early: int
     other_codebook: int
+
+
+class Progress(msgspec.Struct, frozen=True, kw_only=True):
+    """Where the trainer stands after a batch: sessions learnt, of so many in the log; `watermark` in ms.
+
+    Of this batch alone: `event_ms`, times of the watches that it was the first to learn; `pairs`, records taken of the
+    pair log; `pair_ms`, when the sessions of the pairs learnt had ended.
+    """
+
+    line: Line
+    sessions: int
+    log_sessions: int
+    sessions_per_second: float
+    watermark: int | None
+    event_ms: Sequence[int]
+    pairs: PairCounts
+    pair_ms: Sequence[int]
 
 
 class Result(msgspec.Struct, frozen=True, kw_only=True):
@@ -104,6 +112,7 @@ def train(
     stopped: Callable[[], bool] = lambda: False,
     say: Callable[[str], None] = lambda text: None,
     progress: Callable[[Progress], None] = lambda progress: None,
+    saved: Callable[[Checkpoint], None] = lambda checkpoint: None,
     ranks: Ranks | None = None,
 ) -> Result:
     """Learn the log's high-quality sessions from where the run stands; with `follow` until `stopped()`.
@@ -111,7 +120,8 @@ def train(
     `explicit`: settings, as `train.preset`, that the user gave himself: a run that was begun with others refuses them. The
     catalogue is built where there is none. Same log, journal, pairs and settings: same weights, byte for byte, wherever
     the process was killed between (CPU). Preference pairs are taken from RUN/pairs as a sampler writes them; the trainer
-    never waits for one. Raises UserError, Failure as the parts do.
+    never waits for one. `saved` is given the checkpoint that the run goes on from, then each one written. Raises UserError,
+    Failure as the parts do.
     """
     ranks = ranks or Ranks(device="cuda" if torch.cuda.is_available() else "cpu")
     leader = Leader(ranks)
@@ -124,7 +134,7 @@ def train(
                 raise UserError(_no_sessions(reader, state_dir))
             run = _begin(state_dir, run_dir, reader, config, say, ranks.device)
         run = settled(run, run_dir, state_dir, config, explicit)
-        return _Trainer(state_dir, run_dir, run, reader, say, ranks, leader).run(follow, stopped, progress)
+        return _Trainer(state_dir, run_dir, run, reader, say, ranks, leader, saved).run(follow, stopped, progress)
 
 
 def _begin(
@@ -224,8 +234,9 @@ class _Trainer:
 
     def __init__(
         self, state_dir: Path, run_dir: Path, run: Run, reader: Reader, say: Callable[[str], None], ranks: Ranks,
-        leader: Leader,
+        leader: Leader, saved: Callable[[Checkpoint], None],
     ) -> None:
+        self._saved = saved
         self._state_dir, self._run_dir, self._reader, self._say = state_dir, run_dir, reader, say
         self._run, self._settings = run, run.config
         settings = run.config
@@ -252,6 +263,8 @@ class _Trainer:
         self._journal = Journal(run_dir / "journal.jsonl")
         self._pairs = PairIntake(run_dir, run, self._journal, self._counters, checkpoint.pairs if checkpoint else 0)
         self._recent: list[Line] = []
+        if checkpoint is not None:
+            saved(checkpoint)
         self._saved_at = time.monotonic()
         self._spent_ms = self._counters["cpu_ms"] - int(1000 * time.process_time())
 
@@ -300,7 +313,8 @@ class _Trainer:
             if batch is None:
                 break
             step, cursor = step + 1, batch.cursor
-            line = self._learn(step, batch, batches.known)
+            before = self._pair_counts()
+            line, pairs = self._learn(step, batch, batches.known)
             sessions = len({example.session_id for example in batch.examples})
             new_sessions, since = new_sessions + sessions, since + sessions
             place = batches.watermark(), batches.known
@@ -315,6 +329,9 @@ class _Trainer:
                     log_sessions=self._reader.counters().high_quality,
                     sessions_per_second=new_sessions / max(1e-9, time.monotonic() - began),
                     watermark=place[0],
+                    event_ms=batch.event_ms,
+                    pairs=self._pair_counts(before),
+                    pair_ms=[pair.ended for pair in pairs if pair.ended is not None],
                 )
             )
         seconds = time.monotonic() - began
@@ -332,7 +349,7 @@ class _Trainer:
             unknown_history=self._counters["unknown_history"],
             unknown_targets=self._counters["unknown_targets"],
             judged_windows=self._counters["judged_windows"],
-            pairs=PairCounts(**{name: self._counters[f"pairs_{name}"] for name in PairCounts.__struct_fields__}),
+            pairs=self._pair_counts(),
             watermark=self._checkpoint.watermark if self._checkpoint else None,
             loss=mean_loss(self._recent) if self._recent else self._checkpoint.score if self._checkpoint else None,
             codebook_version=self._run.codebook_version,
@@ -343,8 +360,15 @@ class _Trainer:
             sessions_per_second=new_sessions / seconds if new_sessions else 0.0,
         )
 
-    def _learn(self, step: int, batch: Batch, known: int) -> Line:
-        """Score the batch with the weights as they are, then take one step on it, and write its line."""
+    def _pair_counts(self, before: PairCounts | None = None) -> PairCounts:
+        """Records taken of the pair log by the whole run, or since `before`."""
+        names = PairCounts.__struct_fields__
+        return PairCounts(
+            **{name: self._counters[f"pairs_{name}"] - (getattr(before, name) if before else 0) for name in names}
+        )
+
+    def _learn(self, step: int, batch: Batch, known: int) -> tuple[Line, list[Pair]]:
+        """Score the batch with the weights as they are, take one step on it and the pairs there are, and write its line."""
         pairs = self._pairs.take(step, self._version)
         self._leader.learn(step, batch, self._journal.entry(step), pairs)
         learned = self._learner.learn(batch.examples, pairs, self._catalogue.item_codes, known)
@@ -380,7 +404,7 @@ class _Trainer:
         )
         self._recent.append(line)
         self._metrics.append(msgspec.json.encode(line) + b"\n")
-        return line
+        return line, pairs
 
     def _save(self, step: int, cursor: Cursor, watermark: int | None, known: int) -> None:
         """Write a checkpoint of the place after batch `step`, with the watermark and the items known then.
@@ -427,6 +451,7 @@ class _Trainer:
         self._recent = []
         self._saved_at = time.monotonic()
         prune_checkpoints(self._run_dir, self._settings.keep_checkpoints)
+        self._saved(self._checkpoint)
 
     def _restore(self, checkpoint: Checkpoint) -> None:
         state = load_optimizer(checkpoint)

@@ -39,7 +39,8 @@ class Pair(msgspec.Struct, frozen=True, kw_only=True, tag="pair"):
     `snapshot_step`, `snapshot_version`: which checkpoint was M_t. `history`: codes [h][L] as M_t read it, oldest first;
     `chosen` [m][L] and `rejected` [R][m][L], the lowest reward first. Log-probabilities are M_t's, in nats;
     rewards are the towers swt, vtr, wtr, ltr; `margin` is R(chosen) - R(nearest loser). `source`: partition and offset
-    in the topic `preference-pairs`, where it came from there.
+    in the topic `preference-pairs`, where it came from there. `ended`: event time in ms of the session's end, None in records
+    of before.
     """
 
     number: int
@@ -57,6 +58,7 @@ class Pair(msgspec.Struct, frozen=True, kw_only=True, tag="pair"):
     rejected_rewards: list[list[float]]
     margin: float
     source: tuple[int, int] | None = None
+    ended: int | None = None
 
 
 class Drop(msgspec.Struct, frozen=True, kw_only=True, tag="drop"):
@@ -68,6 +70,7 @@ class Drop(msgspec.Struct, frozen=True, kw_only=True, tag="drop"):
     snapshot_step: int
     reason: str
     source: tuple[int, int] | None = None
+    ended: int | None = None
 
 
 Record = Pair | Drop

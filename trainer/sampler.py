@@ -34,14 +34,16 @@ SCAN = 20_000
 """Sessions read at a stretch before something else gets its turn."""
 
 Say = Callable[[str], None]
+Wrote = Callable[[Sequence[Record]], None]
 
 
 class Waiting(NamedTuple):
-    """A sampled session whose turn has not come."""
+    """A sampled session whose turn has not come; `end` is its event time, ms."""
 
     session_id: str
     sequence: int
     history: list[str]
+    end: int
 
 
 class Snapshots:
@@ -185,7 +187,7 @@ class LogSource(Closing):
                 break
             self._scanned = sequence
             if session.high_quality and is_sampled(session.session_id, self._ratio):
-                self._waiting.append(Waiting(session.session_id, sequence, session.history))
+                self._waiting.append(Waiting(session.session_id, sequence, session.history, session.end))
 
     def due(self) -> int:
         """All that were read."""
@@ -225,13 +227,15 @@ class Sampler:
 
     Rules. Sessions are taken in order. With `queue` pairs unread it waits for the trainer. Where more than `queue` sampled
     sessions wait, the oldest beyond are passed over, each with a record `behind`: the trainer is past them by then.
+    `wrote` is given the records just written.
     """
 
     def __init__(
         self, source: Source, snapshots: Snapshots, meter: Meter, *, queue: int,
-        sleep: Callable[[float], None] = time.sleep,
+        sleep: Callable[[float], None] = time.sleep, wrote: Wrote = lambda records: None,
     ) -> None:
         self._source, self._snapshots, self._meter, self._queue, self._sleep = source, snapshots, meter, queue, sleep
+        self._wrote = wrote
 
     def run(self, follow: bool, stopped: Callable[[], bool], say: Say, progress: Callable[[Stats], None]) -> Stats:
         """Sample until nothing is left to take, or with `follow` until `stopped()`."""
@@ -264,10 +268,9 @@ class Sampler:
                 wait("" if not waiting else f"{unread} pairs are unread (--queue {self._queue}): waiting for the trainer")
                 continue
             with self._meter.busy():
-                batch = self._snapshots.requests(self._source.next(min(BATCH, self._queue - unread)))
-                records, generated = maker.make_counted(batch)
-            if self._source.put(list(records)):
-                self._meter.made(records, generated)
+                batch = self._source.next(min(BATCH, self._queue - unread))
+                made, generated = maker.make_counted(self._snapshots.requests(batch))
+            self._put([msgspec.structs.replace(record, ended=w.end) for record, w in zip(made, batch, strict=True)], generated)
             progress(self._meter.stats())
         self._meter.write()
         return self._meter.stats()
@@ -277,11 +280,16 @@ class Sampler:
         if late <= 0:
             return
         records: list[Record] = [
-            Drop(number=0, session_id=w.session_id, sequence=w.sequence, snapshot_step=checkpoint.step, reason="behind")
+            Drop(number=0, session_id=w.session_id, sequence=w.sequence, snapshot_step=checkpoint.step, reason="behind",
+                 ended=w.end)
             for w in self._source.next(late)
         ]
+        self._put(records, 0)
+
+    def _put(self, records: list[Record], generated: int) -> None:
         if self._source.put(records):
-            self._meter.made(records, 0)
+            self._meter.made(records, generated)
+            self._wrote(records)
 
 
 def sample(
@@ -295,6 +303,7 @@ def sample(
     stopped: Callable[[], bool] = lambda: False,
     say: Say = lambda text: None,
     progress: Callable[[Stats], None] = lambda stats: None,
+    wrote: Wrote = lambda records: None,
 ) -> Stats:
     """Make pairs of the session log of `state_dir` for the run `run_dir`; one sampler a run.
 
@@ -307,7 +316,7 @@ def sample(
     check_sampling(config, run_dir)
     with LogSource(state_dir, run_dir, config.preference.ratio) as source:
         meter = Meter(stats_path(run_dir), source.log)
-        sampler = Sampler(source, Snapshots(state_dir, run_dir, config, say), meter, queue=queue)
+        sampler = Sampler(source, Snapshots(state_dir, run_dir, config, say), meter, queue=queue, wrote=wrote)
         return sampler.run(follow, stopped, say, progress)
 
 

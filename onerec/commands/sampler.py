@@ -12,7 +12,18 @@ import typer
 
 from onerec.commands.feed import drive, lag
 from onerec.config import load_config
-from onerec.console import BootstrapOption, ConfigOption, JsonOption, RunOption, SetOption, StateOption, err, out, print_json
+from onerec.console import (
+    BootstrapOption,
+    ConfigOption,
+    JsonOption,
+    MetricsPortOption,
+    RunOption,
+    SetOption,
+    StateOption,
+    err,
+    out,
+    print_json,
+)
 from onerec.garbage import calm
 from onerec.signals import stopping
 
@@ -44,6 +55,7 @@ def sampler(
     bootstrap: BootstrapOption = None,
     config: ConfigOption = None,
     settings: SetOption = None,
+    metrics_port: MetricsPortOption = None,
     json: JsonOption = False,
 ) -> None:
     """Make preference pairs for a run: sampled sessions, each answered by the newest snapshot, best and worst by reward.
@@ -64,25 +76,43 @@ def sampler(
     configuration = load_config(config, settings, bootstrap)
     kafka = kafka or bootstrap is not None
 
+    from onerec.monitor.clock import StateClock
+    from onerec.monitor.of_sampler import SamplerMetrics
+    from onerec.monitor.opening import linger, open_metrics
+    from trainer.checkpoint import newest_version
     from trainer.kafka_sampler import sample_from_kafka
     from trainer.sampler import sample
 
-    with stopping("stopping after this batch") as stop:
-        make = sample_from_kafka if kafka else partial(sample, follow=follow)
-        stats = make(
-            state,
-            run,
-            configuration,
-            queue=queue,
-            threads=threads,
-            stopped=lambda: bool(stop),
-            say=_say,
-            progress=reporter(quiet=json),
-        )
-    if json:
-        print_json(msgspec.to_builtins(stats))
-    else:
-        out.print(summary(stats), highlight=False, soft_wrap=True)
+    report = reporter(quiet=json)
+    with (
+        open_metrics("sampler", configuration, metrics_port) as metrics,
+        StateClock(state, configuration.freshness.clock) as clock,
+    ):
+        watch = SamplerMetrics(metrics, clock.now_ms, partial(newest_version, run))
+
+        def progress(stats: Stats) -> None:
+            report(stats)
+            watch.progress(stats)
+
+        with stopping("stopping after this batch") as stop:
+            make = sample_from_kafka if kafka else partial(sample, follow=follow)
+            stats = make(
+                state,
+                run,
+                configuration,
+                queue=queue,
+                threads=threads,
+                stopped=lambda: bool(stop),
+                say=_say,
+                progress=progress,
+                wrote=watch.wrote,
+            )
+        if json:
+            print_json(msgspec.to_builtins(stats))
+        else:
+            out.print(summary(stats), highlight=False, soft_wrap=True)
+        if not stop:
+            linger(metrics, configuration)
 
 
 def pairs_replica(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -11,7 +11,17 @@ import msgspec
 import typer
 
 from onerec.config import explicit_settings, load_config
-from onerec.console import ConfigOption, JsonOption, RunOption, SetOption, StateOption, err, out, print_json
+from onerec.console import (
+    ConfigOption,
+    JsonOption,
+    MetricsPortOption,
+    RunOption,
+    SetOption,
+    StateOption,
+    err,
+    out,
+    print_json,
+)
 from onerec.errors import UserError
 from onerec.signals import stopping
 
@@ -47,6 +57,7 @@ def train(
     plot: Annotated[Path | None, typer.Option(help="Draw loss, hit rate and NDCG by event time to this file.")] = None,
     config: ConfigOption = None,
     settings: SetOption = None,
+    metrics_port: MetricsPortOption = None,
     json: JsonOption = False,
 ) -> None:
     """Learn to write sessions: next-token prediction on the log's high-quality sessions.
@@ -62,6 +73,9 @@ def train(
     if plot is not None and not plot.resolve().parent.is_dir():
         raise UserError(f"--plot {plot}: the folder {plot.resolve().parent} does not exist; make it first")
 
+    from onerec.monitor.clock import StateClock
+    from onerec.monitor.of_train import TrainMetrics
+    from onerec.monitor.opening import linger, open_metrics
     from trainer.evaluate import means, read_metrics
     from trainer.loop import METRICS_FILE
     from trainer.loop import train as learn
@@ -69,34 +83,46 @@ def train(
     from trainer.ranks import Ranks
 
     said = "stopping after this batch; a checkpoint is written"
-    with Ranks.from_environment() as ranks, stopping(said if ranks.leads else None) as stop:
-        if not ranks.leads:
-            follow_leader(state, run, ranks)
-            return
-        with _reporting(quiet=json) as report:
-            result = learn(
-                state,
-                run,
-                configuration,
-                follow=follow,
-                explicit=[
-                    f"{section}.{key}" for section, keys in explicit_settings(config, asked).items() for key in keys
-                ],
-                stopped=lambda: bool(stop),
-                say=lambda text: err.print(text, highlight=False),
-                progress=report,
-                ranks=ranks,
-            )
-    lines = read_metrics(run / METRICS_FILE)
-    if plot is not None:
-        from trainer.curves import draw
+    with ExitStack() as kept:
+        with Ranks.from_environment() as ranks, stopping(said if ranks.leads else None) as stop:
+            if not ranks.leads:
+                follow_leader(state, run, ranks)
+                return
+            metrics = kept.enter_context(open_metrics("train", configuration, metrics_port))
+            clock = kept.enter_context(StateClock(state, configuration.freshness.clock))
+            watch = TrainMetrics(metrics, clock.now_ms)
+            with _reporting(quiet=json) as report:
 
-        draw(lines, plot)
-    scored, scores = means(lines)
-    if json:
-        print_json({**msgspec.to_builtins(result), "scored_windows": scored, "scores": scores})
-    else:
-        _print_summary(result, scored, scores)
+                def progress(progress: Progress) -> None:
+                    report(progress)
+                    watch.step(progress)
+
+                result = learn(
+                    state,
+                    run,
+                    configuration,
+                    follow=follow,
+                    explicit=[
+                        f"{section}.{key}" for section, keys in explicit_settings(config, asked).items() for key in keys
+                    ],
+                    stopped=lambda: bool(stop),
+                    say=lambda text: err.print(text, highlight=False),
+                    progress=progress,
+                    saved=watch.saved,
+                    ranks=ranks,
+                )
+        lines = read_metrics(run / METRICS_FILE)
+        if plot is not None:
+            from trainer.curves import draw
+
+            draw(lines, plot)
+        scored, scores = means(lines)
+        if json:
+            print_json({**msgspec.to_builtins(result), "scored_windows": scored, "scores": scores})
+        else:
+            _print_summary(result, scored, scores)
+        if not stop:
+            linger(metrics, configuration)
 
 
 @contextmanager

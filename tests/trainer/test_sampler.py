@@ -135,7 +135,7 @@ class Things:
     """A source in memory that counts what it is asked for."""
 
     def __init__(self, waiting: int, unread: int = 0) -> None:
-        self.waiting = [Waiting(f"u{i}:1", i + 1, []) for i in range(waiting)]
+        self.waiting = [Waiting(f"u{i}:1", i + 1, [], 10**12 + i) for i in range(waiting)]
         self.written: list[Record] = []
         self.read = -unread
 
