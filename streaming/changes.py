@@ -22,6 +22,10 @@ class Counters(msgspec.Struct):
     sessions: int = 0
     high_quality: int = 0
 
+    def since(self, before: Counters) -> Counters:
+        """What was added."""
+        return Counters(**{name: getattr(self, name) - getattr(before, name) for name in self.__struct_fields__})
+
 
 class DeadLetter(msgspec.Struct, frozen=True, array_like=True):
     """A refused line: where it stood in its source, its bytes, and the code of the reason."""

@@ -13,7 +13,17 @@ from rich.live import Live
 from rich.table import Table
 
 from onerec.config import load_config
-from onerec.console import BootstrapOption, ConfigOption, JsonOption, SetOption, StateOption, err, out, print_json
+from onerec.console import (
+    BootstrapOption,
+    ConfigOption,
+    JsonOption,
+    MetricsPortOption,
+    SetOption,
+    StateOption,
+    err,
+    out,
+    print_json,
+)
 from onerec.garbage import calm
 
 if TYPE_CHECKING:
@@ -35,6 +45,7 @@ def stream(
     until_end: Annotated[
         bool, typer.Option("--until-end", help="Leave once an end marker has come in every partition and all is read.")
     ] = False,
+    metrics_port: MetricsPortOption = None,
     config: ConfigOption = None,
     set: SetOption = None,
     json: JsonOption = False,
@@ -50,25 +61,39 @@ def stream(
 
         onerec stream --state worker-2 --engine group --standby
     """
+    from onerec.monitor.of_stream import WorkerMetrics
+    from onerec.monitor.opening import linger, open_metrics
     from streaming.kafka.worker import stopped_by_signals, work
+    from streaming.rocks import database_path
 
     settings = load_config(config, set, bootstrap)
     calm()
     stop = threading.Event()
     show, live = _shown(json)
-    with stopped_by_signals(stop) as received, live:
-        summary = work(
-            state, settings.semantics, settings.kafka, engine=engine, standby=standby, until_end=until_end, show=show, stop=stop
-        )
-    if json:
-        print_json(summary)
-    else:
-        partitions = summary.pop("partitions")
-        table = Table(show_header=False, box=None)
-        for key, value in summary.items():
-            table.add_row(key.replace("_", " "), f"{value:,}")
-        table.add_row("partitions", _spans([int(partition) for partition in partitions]))
-        out.print(table)
+    with open_metrics("stream", settings, metrics_port) as metrics:
+        measured = WorkerMetrics(metrics, settings, database_path(state))
+
+        def seen(engine: Engine) -> None:
+            measured.seen(engine)
+            show(engine)
+
+        with stopped_by_signals(stop) as received, live:
+            summary = work(
+                state, settings.semantics, settings.kafka, engine=engine, standby=standby, until_end=until_end, show=seen,
+                on_commit=measured.committed, stop=stop,
+            )
+        measured.ended()
+        if json:
+            print_json(summary)
+        else:
+            partitions = summary.pop("partitions")
+            table = Table(show_header=False, box=None)
+            for key, value in summary.items():
+                table.add_row(key.replace("_", " "), f"{value:,}")
+            table.add_row("partitions", _spans([int(partition) for partition in partitions]))
+            out.print(table)
+        if not received:
+            linger(metrics, settings)
     if received and received[0] != 15:
         raise typer.Exit(130)
 

@@ -7,6 +7,7 @@ replay at 100,000 events a second does not feel it; at live pace that is every o
 from __future__ import annotations
 
 import os
+import threading
 import time
 from collections import Counter
 from collections.abc import Iterable, Sequence
@@ -23,8 +24,11 @@ from onerec.monitor.ages import log_clock
 from onerec.monitor.metrics import Metrics
 from streaming.changes import Changes, Counters
 from streaming.events import REASONS, Line, Row, fast_decode
+from streaming.kafka.wire import Chunk, unpack
 
 if TYPE_CHECKING:
+    from streaming.kafka.engine import Engine
+    from streaming.kafka.partitions import Commit
     from streaming.replay import Step
     from streaming.sessions import Session
 
@@ -104,14 +108,14 @@ class StreamMetrics:
         self._measured: tuple[float, int] | None = None
         metrics.before_scrape.append(self._look)
 
-    def commit(self, done: Counters, changes: Changes, records: Sequence[bytes | Row], watermark: int | None) -> None:
-        """What one commit has done: `done` is what it added to the counters; `watermark` is the stream's after it, ms."""
-        self._events.inc(done.events)
-        self._duplicates.inc(done.duplicates)
+    def commit(self, added: Counters, changes: Changes, records: Sequence[bytes | Row], watermark: int | None) -> None:
+        """What one commit has done: `added` is what it added to the counters; `watermark` is the stream's after it, ms."""
+        self._events.inc(added.events)
+        self._duplicates.inc(added.duplicates)
         self._late["history"].inc(changes.late_used)
-        self._late["ignored"].inc(done.late - changes.late_used)
-        self._sessions["high"].inc(done.high_quality)
-        self._sessions["low"].inc(done.sessions - done.high_quality)
+        self._late["ignored"].inc(added.late - changes.late_used)
+        self._sessions["high"].inc(added.high_quality)
+        self._sessions["low"].inc(added.sessions - added.high_quality)
         for reason, count in Counter(letter.reason for letter in changes.dead_letters).items():
             self._dead.labels(reason=reason).inc(count)
         if watermark is not None and (self._newest is None or watermark + self._lateness_ms > self._newest):
@@ -158,11 +162,6 @@ def dead_letters(metrics: Metrics) -> prometheus_client.Counter:
     return found
 
 
-def counted(before: Counters, after: Counters) -> Counters:
-    """What was added to the counters."""
-    return Counters(**{name: getattr(after, name) - getattr(before, name) for name in Counters.__struct_fields__})
-
-
 class ReplayMetrics:
     """Of `onerec replay`: to be called with each of its steps.
 
@@ -181,10 +180,70 @@ class ReplayMetrics:
 
     def __call__(self, step: Step) -> None:
         """Takes a step in."""
-        self._stream.commit(counted(self._before, step.counters), step.changes, step.records, step.watermark)
+        self._stream.commit(step.counters.since(self._before), step.changes, step.records, step.watermark)
         self._before = msgspec.structs.replace(step.counters)
         self._stream.history_watermark(step.watermark)
         self._metrics.gauge("onerec_open_sessions").set(step.changes.open_users)
         self._metrics.gauge("onerec_users").set(step.counters.users)
         if step.behind_ms is not None:
             self._metrics.gauge("onerec_lag_seconds").set(step.behind_ms / 1000, source="files")
+
+
+def lines_of(chunks: Sequence[Chunk]) -> list[bytes]:
+    """At most about MOST of the lines in messages of `events`, evenly over them."""
+    some = spread(chunks, MOST)
+    lines: list[bytes] = []
+    for chunk in some:
+        lines += spread(unpack(chunk.value), max(1, MOST // len(some)))
+    return lines
+
+
+class WorkerMetrics:
+    """Of `onerec stream`: `committed` to be called with each commit, from any thread, `seen` about every second."""
+
+    def __init__(self, metrics: Metrics, config: Config, database: Path) -> None:
+        self._stream = StreamMetrics(metrics, config, database)
+        self._metrics = metrics
+        self._lock = threading.Lock()
+        self._stamps: dict[int, int] = {}
+        self._open: dict[int, int] = {}
+        self._shown: set[int] = set()
+
+    def committed(self, commit: Commit) -> None:
+        """Takes a commit in."""
+        with self._lock:
+            self._stream.commit(commit.added, commit.changes, lines_of(commit.chunks), commit.watermark)
+            self._open[commit.partition] = commit.changes.open_users
+            if commit.chunks:
+                self._stamps[commit.partition] = commit.chunks[-1].timestamp
+
+    def seen(self, engine: Engine) -> None:
+        """Looks at the partitions held."""
+        found, gauge = engine.status(), self._metrics.gauge
+        held = {each.partition for each in found}
+        with self._lock:
+            stamps = dict(self._stamps)
+            counts = [count for partition, count in self._open.items() if partition in held]
+        gauge("onerec_open_sessions").set(sum(counts) if counts else None)
+        gauge("onerec_users").set(engine.users())
+        gauge("onerec_recovery_seconds").set(engine.restored_seconds)
+        self._stream.history_watermark(min((each.watermark for each in found if each.watermark is not None), default=None))
+        self._behind({each.partition: each.lag for each in found}, stamps)
+
+    def _behind(self, lags: dict[int, int | None], stamps: dict[int, int]) -> None:
+        offsets = self._metrics.gauge("onerec_lag_offsets")
+        for partition in self._shown - lags.keys():
+            offsets.forget(source="events", partition=str(partition))
+        self._shown = set(lags)
+        for partition, lag in lags.items():
+            offsets.set(lag, source="events", partition=str(partition))
+        wall = now_ms()
+        seconds = [
+            0.0 if lag == 0 else (wall - stamps[partition]) / 1000
+            for partition, lag in lags.items() if lag == 0 or (lag is not None and partition in stamps)
+        ]
+        self._metrics.gauge("onerec_lag_seconds").set(max(0.0, *seconds) if seconds else None, source="events")
+
+    def ended(self) -> None:
+        """Nothing is held any more: what was said of partitions holds no longer."""
+        self._behind({}, {})

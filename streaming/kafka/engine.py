@@ -57,7 +57,7 @@ class _Held:
         self.retry_at: float | None = None
         self.floor = 0
         self.progress: Progress | None = None
-        self.applied_at = self.moved_at = time.monotonic()
+        self.given_at = self.applied_at = self.moved_at = time.monotonic()
         self.behind_since: float | None = None
 
 
@@ -120,6 +120,8 @@ class Engine:
         self._finished = 0.0
         self._checked_at = 0.0
         self._last: dict[int, Progress] = {}
+        self.restored_seconds: float | None = None
+        """How long it took from the newest assignment until its partitions could be read on; None before the first."""
         self.events = 0
         """Events applied and committed by this worker since it began."""
         self._ends = LogEnds(config, self.positions)
@@ -187,6 +189,7 @@ class Engine:
                     continue
                 held.floor, held.progress = offset, self._store.progress(partition)
                 held.running, held.moved_at = True, time.monotonic()
+                self.restored_seconds = held.moved_at - held.given_at
                 ready[partition] = offset
         return ready
 
@@ -350,6 +353,11 @@ class Engine:
             watermark = held.progress.watermark if held.progress else None
             found.append(PartitionStatus(partition, state, watermark, lag, quiet if idle else 0.0))
         return found
+
+    def users(self) -> int | None:
+        """Users of the partitions that run here, as last committed; None where none runs."""
+        found = [held.progress.counters.users for held in list(self._held.values()) if held.running and held.progress]
+        return sum(found) if found else None
 
     def summary(self) -> dict[str, Any]:
         """What the partitions held at `finish` had come to, and the pace of this worker from its first to its last batch."""

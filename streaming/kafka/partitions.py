@@ -17,13 +17,13 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from itertools import count, repeat
 from pathlib import Path
-from typing import Any, Final, Self
+from typing import Any, Final, NamedTuple, Self
 
 import msgspec
 from confluent_kafka import KafkaException, Producer
 
 from onerec.errors import Failure
-from streaming.changes import Changes
+from streaming.changes import Changes, Counters
 from streaming.core import Core
 from streaming.kafka import codes, settings
 from streaming.kafka.changelog import Changelog
@@ -49,6 +49,16 @@ CLOSE_SECONDS: Final = 3.0
 FENCE_SECONDS: Final = 60.0
 
 Step = Callable[[str, int], None]
+
+
+class Commit(NamedTuple):
+    """A batch of a partition that was committed: messages applied, what they changed and `added` to the counters."""
+
+    partition: int
+    chunks: Sequence[Chunk]
+    changes: Changes
+    added: Counters
+    watermark: int | None
 
 
 class Fenced(Exception):
@@ -85,7 +95,8 @@ class PartitionStore:
     """The partitions of one worker over one RocksDB.
 
     `on_step(step, partition)` is called before each step: "open:fence", "open:catch-up", "begin", "produce", "commit",
-    "write", "close". `max_users` bounds the users kept decoded, over all partitions.
+    "write", "close"; `on_commit` after each transaction, in a thread of the store. `max_users` bounds the users kept decoded,
+    over all partitions.
     Raises UserError where the state is foreign or the log was built with other settings.
     """
 
@@ -96,11 +107,13 @@ class PartitionStore:
         config: KafkaConfig,
         *,
         on_step: Step = lambda step, partition: None,
+        on_commit: Callable[[Commit], None] = lambda commit: None,
         max_users: int = 65_536,
     ) -> None:
         self._semantics = semantics
         self._config = config
         self._on_step = on_step
+        self._on_commit = on_commit
         self._max_users = max_users
         self._local = Local(Path(state))
         self._parts: dict[int, _Part] = {}
@@ -232,7 +245,7 @@ class PartitionStore:
                 if chunk.number is not None:
                     progress.number = chunk.number + 1
             if fresh:
-                self._send(partition, part, core.changes())
+                self._send(partition, part, core.changes(), fresh)
         except Fenced:
             self._drop(partition)
             raise
@@ -257,7 +270,7 @@ class PartitionStore:
             self._wait(partition, part)
             self._send(partition, part, changes)
 
-    def _send(self, partition: int, part: _Part, changes: Changes) -> None:
+    def _send(self, partition: int, part: _Part, changes: Changes, chunks: Sequence[Chunk] = ()) -> None:
         """Waits for the batch before, then lets the pool write this one."""
         self._wait(partition, part)
         progress, core = part.progress, part.core
@@ -266,14 +279,16 @@ class PartitionStore:
         progress.counters = msgspec.structs.replace(core.counters)
         part.overlay.clear()
         part.overlay.update(changes.users)
-        part.flight = self._pool.submit(self._write, partition, part, changes, msgspec.structs.replace(progress))
+        part.flight = self._pool.submit(self._write, partition, part, changes, msgspec.structs.replace(progress), chunks)
 
     def _wait(self, partition: int, part: _Part) -> None:
         flight, part.flight = part.flight, None
         if flight is not None:
             flight.result()
 
-    def _write(self, partition: int, part: _Part, changes: Changes, progress: Progress) -> None:
+    def _write(
+        self, partition: int, part: _Part, changes: Changes, progress: Progress, chunks: Sequence[Chunk]
+    ) -> None:
         """One batch: the transaction, then the local copy. Raises Fenced, and then nothing was written locally."""
         pairs = _pairs(changes)
         while True:
@@ -293,6 +308,8 @@ class PartitionStore:
                 if not error.txn_requires_abort():
                     raise Failure(f"partition {partition}: the broker refused a transaction: {error.str()}") from None
                 self._abort(partition, part)
+        added = progress.counters.since(part.place.progress.counters)
+        self._on_commit(Commit(partition, chunks, changes, added, progress.watermark))
         place = Place(topic_id=self._topic_id, changelog=ends[-1] + 1 if ends else part.place.changelog, progress=progress)
         self._on_step("write", partition)
         with self._lock:

@@ -15,7 +15,7 @@ from typing import Any, Final, Literal, Protocol
 from onerec.errors import OneRecError
 from streaming.kafka import topics
 from streaming.kafka.engine import Engine
-from streaming.kafka.partitions import PartitionStore, Step
+from streaming.kafka.partitions import Commit, PartitionStore, Step
 from streaming.kafka.settings import KafkaConfig
 from streaming.semantics import Semantics
 
@@ -54,6 +54,7 @@ def work(
     until_end: bool = False,
     show: Callable[[Engine], None] = lambda engine: None,
     on_step: Step = lambda step, partition: None,
+    on_commit: Callable[[Commit], None] = lambda commit: None,
     stop: threading.Event | None = None,
 ) -> dict[str, Any]:
     """Runs a worker until `stop` is set (or, with `until_end`, to the end of the log); gives the summary of §9 by partitions.
@@ -62,7 +63,9 @@ def work(
     """
     topics.require(config, TOPICS)
     stop = stop or threading.Event()
-    with _released(stop) as release, PartitionStore(state, semantics, config, on_step=on_step) as store:
+    with _released(stop) as release, PartitionStore(
+        state, semantics, config, on_step=on_step, on_commit=on_commit
+    ) as store:
         driven = Engine(store, config, until_end=until_end, stop=stop, show=show)
         release.append(driven.release)
         try:
