@@ -12,7 +12,6 @@ from confluent_kafka import Consumer, KafkaException, TopicPartition
 from onerec.closing import Closing
 from onerec.errors import Failure, UserError
 from streaming.kafka import codes, settings
-from streaming.kafka.outbox import Decisions
 from streaming.kafka.settings import KafkaConfig
 from streaming.kafka.topics import topic_ids
 
@@ -53,7 +52,6 @@ class Tail(Closing):
         self.newest: dict[Any, Any] = {}
         self._ends: set[int] = set()
         self._fault: Any = None
-        self._decisions: Decisions | None = None
         self._bootstrap = config.bootstrap
         table = settings.consumer(
             config, group_id=config.named(f"tail-{topic}"), enable_partition_eof=True, fetch_message_max_bytes=FETCH_BYTES
@@ -172,20 +170,19 @@ class Tail(Closing):
 
     def complete(self) -> bool:
         """Whether nothing is left to read in any partition, as the broker says when asked now."""
-        if not self.at_end():
-            return False
-        if self._decisions is None:
-            self._decisions = Decisions(self._config, [self._name])
-        # In this order: what was committed by the first question is within the ends that the second one gets.
-        return not self._decisions.pending() and all(self.bounds(p).high <= offset for p, offset in self.offsets.items())
+        return self.at_end() and all(self.bounds(p).high <= offset for p, offset in self.offsets.items())
 
-    def behind(self) -> int:
-        """Offsets between here and the ends of the logs as last heard of; 0 once they were read to their ends."""
-        total = 0
+    def lags(self) -> dict[int, int]:
+        """Offsets between here and the ends of the logs as last heard of, by partition; 0 once one was read to its end."""
+        found = dict.fromkeys(self.offsets, 0)
         for partition in self.offsets.keys() - self._ends:
             _, high = self._consumer.get_watermark_offsets(TopicPartition(self.topic, partition), cached=True)
-            total += max(0, high - self.offsets[partition])
-        return total
+            found[partition] = max(0, high - self.offsets[partition])
+        return found
+
+    def behind(self) -> int:
+        """The sum of `lags`."""
+        return sum(self.lags().values())
 
     def close(self) -> None:
         """Leaves the broker."""
