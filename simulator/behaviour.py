@@ -58,7 +58,8 @@ class Behaviour:
     def _slot(self, day: int, slot: int, start: int) -> list[Columns]:
         """All sessions that start in three hours, in lockstep by position."""
         config = self.world.config
-        chance = np.minimum(self.world.activity * config.sessions_per_day * SLOT_ACTIVITY[slot], 0.95)
+        share = SLOT_ACTIVITY[slot] if config.daily_rhythm else 1 / SLOTS
+        chance = np.minimum(self.world.activity * config.sessions_per_day * share, 0.95)
         users = np.flatnonzero(self.rng.random(config.users) < chance)
         self.rng.shuffle(users)
         first = self.sessions

@@ -30,15 +30,17 @@ class Written(NamedTuple):
     bytes: int
 
 
-def item_lines(world: World, *, embeddings: bool = True) -> Iterator[bytes]:
-    """One `item` event a line, by upload time."""
+def item_lines(
+    world: World, *, embeddings: bool = True, when: Callable[[int], int] = lambda upload_ms: upload_ms
+) -> Iterator[bytes]:
+    """One `item` event a line, by upload time; `when` maps that to the `ts` written."""
     tags = [[category, f"{category}-{topic + 1}"] for category in CATEGORIES for topic in range(TOPICS_PER_CATEGORY)]
     rounded = world.embeddings.round(4)
     for item in range(world.config.items):
         record = {
             "type": "item",
             "item_id": f"v{item}",
-            "ts": int(world.upload_ms[item]),
+            "ts": when(int(world.upload_ms[item])),
             "duration_ms": int(world.duration_ms[item]),
             "tags": tags[int(world.topic[item])],
             "author_id": f"a{int(world.author[item])}",

@@ -50,6 +50,10 @@ class WorldConfig(msgspec.Struct, frozen=True, kw_only=True):
     duplicate_share: float = 0.003
     progress_share: float = 0.02
     """Share of the watches that also send a report half-way."""
+    first_items: int | None = None
+    """How many of the items exist on the first day; None: half of them."""
+    daily_rhythm: bool = True
+    """False: sessions start at the same rate at every hour."""
 
     def __post_init__(self) -> None:
         """Refuse what no world can be made of."""
@@ -129,13 +133,13 @@ class World:
         self.embeddings: Floats = self.item_vectors + 0.06 * rng.standard_normal((n, DIMENSION))
 
         self.activity: Floats = rng.gamma(2.0, 0.5, config.users)
-        self._tastes: list[Floats] = [self._first_tastes(rng)]
+        self._tastes: dict[int, Floats] = {0: self._first_tastes(rng)}
         self._targets: Ints = rng.integers(0, topics, config.users)
 
     def _uploads(self, rng: np.random.Generator) -> Ints:
         """Upload times, ascending: half the catalogue in the month before, the rest spread over every day."""
         config = self.config
-        old = (config.items + 1) // 2
+        old = (config.items + 1) // 2 if config.first_items is None else min(config.first_items, config.items)
         new = config.items - old
         before = rng.integers(config.start_ms - 30 * DAY_MS, config.start_ms, old)
         day = np.arange(new) * config.days // max(new, 1)
@@ -153,16 +157,20 @@ class World:
     def tastes(self, day: int) -> Floats:
         """Taste vectors of all users on a day (0 is the first), [U, D], unit length.
 
-        Each user is pulled towards one topic, which changes every five days on average.
+        Each user is pulled towards one topic, which changes every five days on average. KeyError for a day forgotten.
         """
-        while len(self._tastes) <= day:
-            rng = np.random.default_rng([self.config.seed, 2, len(self._tastes)])
+        while (newest := max(self._tastes)) < day:
+            rng = np.random.default_rng([self.config.seed, 2, newest + 1])
             changed = rng.random(self.config.users) < 0.2
             drawn = rng.integers(0, len(self.topic_vectors), self.config.users)
             self._targets = np.where(changed, drawn, self._targets)
             pull = self.topic_vectors[self._targets]
-            self._tastes.append(_unit(self._tastes[-1] + self.config.drift * pull))
+            self._tastes[newest + 1] = _unit(self._tastes[newest] + self.config.drift * pull)
         return self._tastes[day]
+
+    def forget_before(self, day: int) -> None:
+        """Drops the tastes of earlier days, which a world that goes on for long cannot all keep."""
+        self._tastes = {kept: tastes for kept, tastes in self._tastes.items() if kept >= day}
 
     def trend(self, day: int) -> Floats:
         """What each topic's popularity is multiplied with on a day, [topics]: slow waves of their own phase."""

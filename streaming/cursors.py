@@ -6,10 +6,16 @@ import time
 from collections.abc import Callable, Iterator
 from typing import Final, NamedTuple
 
-from streaming.events import BLANK, Line, Row, decode
+from streaming.events import BLANK, Line, Rejected, Row, decode
 from streaming.sources import Position, Source
 
 PACE_SECONDS: Final = 0.2
+LIVE_SECONDS: Final = 0.1
+"""Between two commits at live pace: bounds how long an event waits for its history."""
+FOLLOW_SECONDS: Final = 0.1
+"""Between two looks at the end of a file that grows."""
+AHEAD_MS: Final = 3_600_000
+"""At live pace a line may be written so far ahead of the clock; one beyond is refused at once, lest it hold up the rest."""
 
 
 class Clock(NamedTuple):
@@ -21,12 +27,16 @@ class Clock(NamedTuple):
 
 
 class Head(NamedTuple):
-    """The next record of a source in a merge: its time (None: no valid event, taken at once), and where it ends."""
+    """The next record of a source in a merge: its time (None: no valid event, taken at once), and where it ends.
+
+    `due` is the time of an event or a catalogue entry, at which it may go out at live pace.
+    """
 
     ts: int | None
     record: tuple[int, Row]
     records: int
     bytes: int
+    due: int | None
 
 
 def size_of(raw: bytes | Row) -> int:
@@ -35,17 +45,29 @@ def size_of(raw: bytes | Row) -> int:
 
 
 class Cursor:
-    """One source of a merge, record by record."""
+    """One source of a merge, record by record; without a `head` it has `ended`, or waits for a file to grow."""
 
     def __init__(self, source: Source, max_ts: Callable[[], int]) -> None:
         self.source = source
         self._taken: Head | None = None
         self._heads = self._read(max_ts)
-        self.head = next(self._heads, None)
+        self.ended = False
+        self.head: Head | None = None
+        self.look()
 
-    def _read(self, max_ts: Callable[[], int]) -> Iterator[Head]:
+    def look(self) -> None:
+        """The next head, where there is none and the source has one by now."""
+        if self.head is None and not self.ended:
+            try:
+                self.head = next(self._heads)
+            except StopIteration:
+                self.ended = True
+
+    def _read(self, max_ts: Callable[[], int]) -> Iterator[Head | None]:
         done = 0
         for batch in self.source.batches(max_ts):
+            if not batch.records:
+                yield None
             # Bytes are counted from the batch's end, so that a byte-order mark or a missing last line feed is no matter.
             sizes = [size_of(raw) for raw in batch.records]
             done = batch.bytes_after - sum(sizes)
@@ -58,15 +80,16 @@ class Cursor:
                 else:
                     row = Row(raw, [])
                 ts = next((event.ts for event in row.events if isinstance(event, Line)), None)
-                yield Head(ts, (number, row), number, done)
+                due = next((event.ts for event in row.events if not isinstance(event, Rejected)), None)
+                yield Head(ts, (number, row), number, done, due)
 
     def take(self) -> Head:
         """The head, and moves on."""
         head = self.head
         if head is None:
             raise StopIteration
-        self._taken = head
-        self.head = next(self._heads, None)
+        self._taken, self.head = head, None
+        self.look()
         return head
 
     def position(self) -> Position:
@@ -90,18 +113,53 @@ class Pace:
             self._first = (ts, self._clock.monotonic())
         return self._first[1] + (ts - self._first[0]) / 1000 / self._speed
 
-    def due(self, ts: int) -> bool:
-        """Whether an event of this time may be applied now."""
-        return self._when(ts) <= self._clock.monotonic()
+    def due(self, head: Head) -> bool:
+        """Whether a record may be applied now; what is no event always may."""
+        return head.ts is None or self._when(head.ts) <= self._clock.monotonic()
 
-    def behind_ms(self, ts: int) -> int:
-        """Log time since an event of this time should have been applied; 0 where it may not be yet."""
-        return max(0, int((self._clock.monotonic() - self._when(ts)) * self._speed * 1000))
+    def behind_ms(self, head: Head) -> int:
+        """Log time since the record should have been applied; 0 where it may not be yet."""
+        return 0 if head.ts is None else max(0, int((self._clock.monotonic() - self._when(head.ts)) * self._speed * 1000))
 
-    def wait(self, ts: int) -> None:
+    def wait(self, head: Head) -> None:
         """Sleeps until it may, and at least a tick, so that commits stay few."""
-        while (left := self._when(ts) - self._clock.monotonic()) > 0:
+        while head.ts is not None and (left := self._when(head.ts) - self._clock.monotonic()) > 0:
             self._clock.sleep(max(self._tick, min(left, 1.0)))
+
+
+class LivePace:
+    """Log time is wall time: a record goes out when the clock reaches its time, or that of the newest before it.
+
+    So an event that comes late or twice keeps its place behind those that it came after.
+    """
+
+    def __init__(self, clock: Clock, tick: float = LIVE_SECONDS) -> None:
+        self._clock = clock
+        self._tick = tick
+        self._newest = 0
+
+    def due(self, head: Head) -> bool:
+        """Whether a record may be applied now; what is no event and no catalogue entry always may."""
+        if head.due is not None and head.due > self._newest:
+            self._newest = head.due
+        return self._newest <= self._clock.wall_ms()
+
+    def behind_ms(self, head: Head) -> int:
+        """Time since the record should have been applied; 0 where it may not be yet."""
+        return max(0, self._clock.wall_ms() - self._newest) if self.due(head) else 0
+
+    def wait(self, head: Head) -> None:
+        """Sleeps until it may, and at least a tick, so that commits stay few."""
+        while not self.due(head):
+            left = (self._newest - self._clock.wall_ms()) / 1000
+            self._clock.sleep(max(self._tick, min(left, 1.0)))
+
+
+def pace_of(speed: float | None, live: bool, clock: Clock, tick: float | None = None) -> Pace | LivePace | None:
+    """The pace that was asked for; None: as fast as it goes. `tick`: least seconds between commits."""
+    if live:
+        return LivePace(clock, tick or LIVE_SECONDS)
+    return Pace(speed, clock, tick or PACE_SECONDS) if speed is not None else None
 
 
 def next_cursor(cursors: list[Cursor]) -> Cursor | None:

@@ -37,14 +37,21 @@ def source_name(path: str) -> str:
     return "-" if path == "-" else str(Path(path).resolve())
 
 
-def open_source(path: str, wanted: str, mapping: Mapping[str, str], start: Position) -> Source:
-    """The source for a file. `wanted` is one of FORMATS. Raises UserError if it cannot be opened or is of another format."""
-    stream = open_stream(path)
+def open_source(
+    path: str, wanted: str, mapping: Mapping[str, str], start: Position, *, follow: bool = False
+) -> Source:
+    """The source for a file. `wanted` is one of FORMATS. Raises UserError if it cannot be opened or is of another format.
+
+    With `follow` it never ends; only JSON lines can be followed.
+    """
+    stream = open_stream(path, follow=follow)
     found = detect(path, first_line(stream))
     name = source_name(path)
     kind = found if wanted in ("auto", "kuairand") else wanted
     if wanted == "kuairand" and kind not in ("kuairand", "seeds"):
         raise UserError(f"{path} is neither a KuaiRand log (user_id, video_id, time_ms, play_time_ms, …) nor its histories")
+    if follow and kind != "jsonl":
+        raise UserError(f"--follow {path}: only JSON lines can be followed, and this is {kind}; leave --follow out")
     if kind == "parquet":
         return Parquet(name, stream, start, mapping)
     if kind == "seeds":
@@ -53,4 +60,4 @@ def open_source(path: str, wanted: str, mapping: Mapping[str, str], start: Posit
         return Csv(name, stream, start, mapping)
     if kind == "kuairand":
         return Csv(name, stream, start, {**KUAIRAND, **mapping})
-    return JsonLines(name, stream, start, mapping)
+    return JsonLines(name, stream, start, mapping, follow=follow)

@@ -11,7 +11,7 @@ import msgspec
 from onerec.errors import UserError
 from streaming.changes import Changes, Counters, DeadLetter
 from streaming.core import Core
-from streaming.cursors import Clock, Cursor, Pace, next_cursor, size_of
+from streaming.cursors import AHEAD_MS, FOLLOW_SECONDS, Clock, Cursor, next_cursor, pace_of, size_of
 from streaming.events import Rejected, Row
 from streaming.formats import open_source, source_name
 from streaming.seeds import Seeds
@@ -43,6 +43,7 @@ class Step(NamedTuple):
 class Replay:
     """Applies sources to a store. `run` returns the final line of §9; `on_step` is called after each commit.
 
+    `live`: each record waits until the wall clock has reached its time. `follow`: files grow, there is no end.
     `on_ready` is called once, when the first record is there to be applied.
     """
 
@@ -54,6 +55,8 @@ class Replay:
         wanted: str = "auto",
         mapping: dict[str, str] | None = None,
         speed: float | None = None,
+        live: bool = False,
+        follow: bool = False,
         flush: bool = True,
         clock: Clock | None = None,
         on_step: Callable[[Step], None] | None = None,
@@ -64,16 +67,16 @@ class Replay:
             raise UserError("a file is named twice; name each file once")
         self._store = store
         self._clock = clock or Clock()
-        self._speed = speed
+        self._pace = pace_of(speed, live, self._clock)
         self._flush = flush
         self._on_step = on_step or (lambda step: None)
         self._on_ready = on_ready
         self._max_batch = max_batch
         self._core: Core = store.core()
-        future = store.semantics().stream.future_ms
+        future = AHEAD_MS if live else store.semantics().stream.future_ms
         self._max_ts = lambda: self._clock.wall_ms() + future
         self._sources = [
-            open_source(path, wanted, mapping or {}, self._start(source_name(path))) for path in paths
+            open_source(path, wanted, mapping or {}, self._start(source_name(path)), follow=follow) for path in paths
         ]
 
     def _start(self, name: str) -> Position:
@@ -92,7 +95,7 @@ class Replay:
                 if isinstance(source, Seeds):
                     self._seed(source)
             events = [source for source in self._sources if not isinstance(source, Seeds)]
-            if len(events) == 1 and self._speed is None:
+            if len(events) == 1 and self._pace is None:
                 self._plain(events[0])
             elif events:
                 self._merged(events)
@@ -136,6 +139,8 @@ class Replay:
         for batch in source.batches(self._max_ts):
             self._ready()
             records, name = batch.records, source.name
+            if not records:
+                self._clock.sleep(FOLLOW_SECONDS)
             size = self._max_batch or len(records)
             left = 0 if size >= len(records) else sum(map(size_of, records))
             for i in range(0, len(records), size):
@@ -149,25 +154,30 @@ class Replay:
     def _merged(self, sources: list[Source]) -> None:
         """Several sources by event time, or one at a pace."""
         cursors = [Cursor(source, self._max_ts) for source in sources]
-        pace = Pace(self._speed, self._clock) if self._speed is not None else None
+        pace = self._pace
         records: list[Record] = []
         size = 0
         self._ready()
         while True:
             cursor = next_cursor(cursors)
             head = cursor.head if cursor else None
-            ready = head is None or pace is None or head.ts is None or pace.due(head.ts)
+            ready = head is None or pace is None or pace.due(head)
             full = len(records) >= (self._max_batch or MERGE_RECORDS) or size >= MERGE_BYTES
             if records and (full or not ready or head is None):
                 changes = self._core.apply(records, self._clock.wall_ms())
-                behind = None if pace is None else pace.behind_ms(head.ts) if head and head.ts is not None else 0
+                behind = None if pace is None else pace.behind_ms(head) if head else 0
                 positions = {c.source.name: c.position() for c in cursors}
                 self._commit(changes, positions, [row for _, row in records], behind)
                 records, size = [], 0
             if cursor is None or head is None:
-                return
-            if not ready and pace is not None and head.ts is not None:
-                pace.wait(head.ts)
+                if all(each.ended for each in cursors):
+                    return
+                self._clock.sleep(FOLLOW_SECONDS)
+                for each in cursors:
+                    each.look()
+                continue
+            if not ready and pace is not None:
+                pace.wait(head)
             cursor.take()
             number, row = head.record
             records.append((f"{cursor.source.name}:{number}", row))

@@ -27,7 +27,10 @@ class Position(msgspec.Struct, frozen=True):
 
 
 class Batch(NamedTuple):
-    """Consecutive records, the number of the first (from 1), and the bytes of the source up to their end."""
+    """Consecutive records, the number of the first (from 1), and the bytes of the source up to their end.
+
+    Without records: the source is at its end for now, and grows.
+    """
 
     first: int
     records: Sequence[bytes | Row]
@@ -62,14 +65,17 @@ class Source:
 
 
 class JsonLines(Source):
-    """One JSON object a line; with `mapping` its keys are renamed to fields first."""
+    """One JSON object a line; with `mapping` its keys are renamed to fields first; with `follow` there is no last one."""
 
-    def __init__(self, name: str, stream: Tracked, start: Position, mapping: Mapping[str, str] | None = None) -> None:
+    def __init__(
+        self, name: str, stream: Tracked, start: Position, mapping: Mapping[str, str] | None = None, *, follow: bool = False
+    ) -> None:
         super().__init__(name, stream, start)
+        self._follow = follow
         self._mapping = dict(mapping or {})
 
     def batches(self, max_ts: Callable[[], int]) -> Iterator[Batch]:
-        """Blocks of whole lines, as large as one read gives."""
+        """Blocks of whole lines, as large as one read gives; none in them where a followed file ends for now."""
         skip, number, offset = self.start.bytes, self.start.records, self.start.bytes
         while skip:
             data = self.stream.read_some(min(skip, BLOCK))
@@ -87,6 +93,9 @@ class JsonLines(Source):
                 if (carry + data).startswith(b"\xef\xbb\xbf"):
                     data, carry = (carry + data)[3:], b""
                     offset += 3
+            if not data and self._follow:
+                yield Batch(number + 1, [], offset)
+                continue
             if not data:
                 break
             end = data.rfind(b"\n")

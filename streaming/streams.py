@@ -113,8 +113,11 @@ class Tracked(io.RawIOBase):
         return self._raw.tell() / self.size if self.size else None
 
 
-def open_stream(path: str) -> Tracked:
-    """A file, or standard input for `-`, decompressed if it is gzip or zstd. Raises UserError if it cannot be opened."""
+def open_stream(path: str, *, follow: bool = False) -> Tracked:
+    """A file, or standard input for `-`, decompressed if it is gzip or zstd. Raises UserError if it cannot be opened.
+
+    `follow`: one that grows, which standard input does by itself and a compressed file cannot.
+    """
     if path == "-":
         raw: IO[bytes] = sys.stdin.buffer
         size = None
@@ -130,12 +133,14 @@ def open_stream(path: str) -> Tracked:
         raise UserError(f"{path} is empty: no events to replay")
     if magic[:2] in (b"\xff\xfe", b"\xfe\xff"):
         raise UserError(f"{path} is UTF-16; convert it first, for example with: iconv -f UTF-16 -t UTF-8")
+    if follow and (path == "-" or magic[:2] == b"\x1f\x8b" or magic == b"\x28\xb5\x2f\xfd"):
+        raise UserError(f"--follow {path}: only a plain file can grow; leave --follow out, or name one that is not compressed")
     inner: Any = buffered
     if magic[:2] == b"\x1f\x8b":
         inner = gzip.GzipFile(fileobj=buffered)
     elif magic == b"\x28\xb5\x2f\xfd":
         inner = _ZstdReader(buffered)
-    return Tracked(path, inner, buffered, size)
+    return Tracked(path, inner, buffered, None if follow else size)
 
 
 def first_line(stream: Tracked) -> bytes:

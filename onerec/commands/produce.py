@@ -31,6 +31,10 @@ def produce(
         float | None,
         typer.Option("--speed", help="Seconds of the log a second; without it as fast as it goes.", show_default=False),
     ] = None,
+    live: Annotated[
+        bool, typer.Option("--live", help="Hold each line back until the clock has reached its time.")
+    ] = False,
+    follow: Annotated[bool, typer.Option("--follow", help="Wait for more at a file's end: JSON lines that grow.")] = False,
     pack: Annotated[int, typer.Option("--pack", min=1, help="At most so many lines of a partition in one message.")] = 1,
     end: Annotated[
         bool, typer.Option("--end", help="End markers after the last line: all sessions become final once they are read.")
@@ -68,6 +72,10 @@ def produce(
         raise UserError(f"--format {format}: choose one of {', '.join(FORMATS)}")
     if speed is not None and not speed > 0:
         raise UserError(f"--speed {speed}: give a number above 0, such as 60 for a minute of the log a second")
+    if speed is not None and live:
+        raise UserError("--speed and --live are two paces; give one of them")
+    if follow and end:
+        raise UserError("--follow has no end, so that there is nothing to mark with --end; leave one of them out")
     settings = load_config(config, set, bootstrap)
     calm()
     mapping = parse_mapping(map)
@@ -87,7 +95,7 @@ def produce(
 
         job = Produce(
             settings.kafka, files or [], items=items or [], future_ms=settings.stream.future_ms, wanted=format, mapping=mapping,
-            speed=speed, pack=pack, end=end, on_step=show,
+            speed=speed, live=live, follow=follow, pack=pack, end=end, on_step=show,
         )
         summary = job.run()
     if json:

@@ -12,7 +12,7 @@ import msgspec
 import orjson
 
 from onerec.errors import Failure, UserError
-from streaming.cursors import Clock, Cursor, Pace, next_cursor
+from streaming.cursors import AHEAD_MS, FOLLOW_SECONDS, Clock, Cursor, next_cursor, pace_of
 from streaming.events import (
     BLANK,
     DEEP_LINE,
@@ -88,7 +88,8 @@ class Produce:
     """Replays files into the raw topics; what is there already is left out. `run` returns the summary.
 
     `items` are catalogues, which go first. `pack` lines a message; `speed` seconds of the log a second, None flat out; `end`
-    writes end markers after the last line. `future_ms` is how far a line may lie ahead of the clock. Raises UserError for a
+    writes end markers after the last line. `future_ms` is how far a line may lie ahead of the clock. `live`: each line waits
+    until the clock has reached its time. `follow`: files grow, there is no end. Raises UserError for a
     source that cannot be read (on), for KuaiRand's histories, and as `Outbox` does.
     """
 
@@ -102,6 +103,8 @@ class Produce:
         wanted: str = "auto",
         mapping: dict[str, str] | None = None,
         speed: float | None = None,
+        live: bool = False,
+        follow: bool = False,
         pack: int = 1,
         end: bool = False,
         clock: Clock | None = None,
@@ -112,10 +115,11 @@ class Produce:
             raise UserError("a file is named twice; name each file once")
         self._config = config
         self._clock = clock or Clock()
-        self._speed = speed
+        self._pace = pace_of(speed, live, self._clock, config.linger_ms / 1000)
         self._end = end
         self._on_step = on_step or (lambda step: None)
-        self._max_ts = lambda: self._clock.wall_ms() + future_ms
+        future = AHEAD_MS if live else future_ms
+        self._max_ts = lambda: self._clock.wall_ms() + future
         self.counts = Counts()
         self._partition = Partitioner(config.partitions, config.partitioner)
         digest = hashlib.sha256("\n".join(sorted(names)).encode()).hexdigest()[:16]
@@ -123,7 +127,9 @@ class Produce:
         try:
             self._produced = self._read_produced(names)
             self._catalogues = [open_items(path, self._start(source_name(path))) for path in items]
-            self._events = [open_source(path, wanted, mapping or {}, self._start(source_name(path))) for path in paths]
+            self._events = [
+                open_source(path, wanted, mapping or {}, self._start(source_name(path)), follow=follow) for path in paths
+            ]
             for source in self._events:
                 if isinstance(source, Seeds):
                     raise UserError(
@@ -156,7 +162,7 @@ class Produce:
         with self._outbox:
             for source in self._catalogues:
                 self._plain(source)
-            if len(self._events) == 1 and self._speed is None:
+            if len(self._events) == 1 and self._pace is None:
                 self._plain(self._events[0])
             elif self._events:
                 self._merged(self._events)
@@ -182,7 +188,7 @@ class Produce:
     def _plain(self, source: Source) -> None:
         """One source flat out: whole blocks; what trickles in is committed once nothing more comes for `linger_ms`."""
         linger = self._config.linger_ms / 1000
-        ahead = _Ahead(source.batches(self._max_ts))
+        ahead = _Ahead(source.batches(self._max_ts), self._clock.sleep)
         done: tuple[int, int] | None = None
         began = 0.0
         while True:
@@ -278,18 +284,22 @@ class Produce:
     def _merged(self, sources: list[Source]) -> None:
         """Several sources by event time, or one at a pace."""
         cursors = [Cursor(source, self._max_ts) for source in sources]
-        tick = self._config.linger_ms / 1000
-        pace = Pace(self._speed, self._clock, tick) if self._speed is not None else None
+        pace = self._pace
         while True:
             cursor = next_cursor(cursors)
             head = cursor.head if cursor else None
-            ready = head is None or pace is None or head.ts is None or pace.due(head.ts)
+            ready = head is None or pace is None or pace.due(head)
             if self._outbox.lines and (self._full() or not ready or head is None):
                 self._commit({c.source.name: _produced(c.position()) for c in cursors})
             if cursor is None or head is None:
-                return
-            if not ready and pace is not None and head.ts is not None:
-                pace.wait(head.ts)
+                if all(each.ended for each in cursors):
+                    return
+                self._clock.sleep(FOLLOW_SECONDS)
+                for each in cursors:
+                    each.look()
+                continue
+            if not ready and pace is not None:
+                pace.wait(head)
             cursor.take()
             self._row(cursor.source, head.record[1])
 
@@ -300,15 +310,19 @@ _NO_MORE: Final = object()
 class _Ahead:
     """Reads batches in a thread of its own, two ahead, so that a source with nothing to give holds nothing up."""
 
-    def __init__(self, batches: Iterator[Batch]) -> None:
+    def __init__(self, batches: Iterator[Batch], sleep: Callable[[float], None]) -> None:
         self._queue: Queue[object] = Queue(2)
+        self._sleep = sleep
         # Left behind in its read when the run is interrupted.
         Thread(target=self._read, args=(batches,), daemon=True).start()
 
     def _read(self, batches: Iterator[Batch]) -> None:
         try:
             for batch in batches:
-                self._queue.put(batch)
+                if batch.records:
+                    self._queue.put(batch)
+                else:
+                    self._sleep(FOLLOW_SECONDS)
             self._queue.put(_NO_MORE)
         except BaseException as error:
             self._queue.put(error)
