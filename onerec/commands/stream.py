@@ -54,6 +54,10 @@ def replay(
         float | None,
         typer.Option("--speed", help="Seconds of the log a second; without it as fast as it goes.", show_default=False),
     ] = None,
+    live: Annotated[
+        bool, typer.Option("--live", help="Hold each line back until the clock has reached its time.")
+    ] = False,
+    follow: Annotated[bool, typer.Option("--follow", help="Wait for more at a file's end: JSON lines that grow.")] = False,
     flush: Annotated[bool, typer.Option(help="Make all open sessions final at the end.")] = True,
     batch: Annotated[
         int | None, typer.Option("--batch", min=1, help="At most so many records a commit.", show_default=False)
@@ -75,6 +79,8 @@ def replay(
         onerec replay log.csv --map uid=user_id --map vid=item_id --map time=ts --map played=watch_ms --state state
 
         zstdcat live.jsonl.zst | onerec replay - --state state --no-flush
+
+        onerec replay live.jsonl --live --follow --state state
     """
     from onerec.monitor.of_stream import ReplayMetrics
     from onerec.monitor.opening import linger, open_metrics
@@ -88,6 +94,8 @@ def replay(
         raise UserError(f"--format {format}: choose one of {', '.join(FORMATS)}")
     if speed is not None and not speed > 0:
         raise UserError(f"--speed {speed}: give a number above 0, such as 60 for a minute of the log a second")
+    if speed is not None and live:
+        raise UserError("--speed and --live are two paces; give one of them")
     settings = load_config(config, set)
     mapping = parse_mapping(map)
     stopped = "stopped; all commits so far are stored, the same command goes on from there"
@@ -117,7 +125,7 @@ def replay(
                     )
 
                 job = Replay(
-                    store, files, wanted=format, mapping=mapping, speed=speed, flush=flush,
+                    store, files, wanted=format, mapping=mapping, speed=speed, live=live, follow=follow, flush=flush,
                     on_step=show, on_ready=measured.ready, max_batch=batch,
                 )
                 summary = job.run()
