@@ -6,6 +6,7 @@ import os
 import sys
 import threading
 import time
+from collections import Counter as Counter_
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from types import TracebackType
@@ -84,9 +85,11 @@ class _Negative(Collector):
     def collect(self) -> Iterable[Metric]:
         name = "onerec_negative_ages_total"
         found = CounterMetricFamily(name, FAMILIES[name].help, labels=("stage",))
+        totals: Counter_[str] = Counter_()
         for ages in self._ages:
-            for stage, count in ages.negative.items():
-                found.add_metric([stage], count)
+            totals.update(ages.negative)
+        for stage, count in totals.items():
+            found.add_metric([stage], count)
         yield found
 
 
