@@ -92,6 +92,20 @@ class Supervisor:
         """Process ids of the children that run now, by name."""
         return {child.job.name: child.process.pid for child in self._children if child.process is not None}
 
+    def up(self) -> dict[str, bool]:
+        """Whether each child runs, for those that have been started, should go on, and are not periodic."""
+        return {
+            child.job.name: child.process is not None
+            for child in self._children
+            if child.runs and not child.done and child.job.kind != "periodic"
+        }
+
+    def restarts(self) -> dict[str, int]:
+        """How often each child that was started has been started again; not of periodic ones."""
+        return {
+            child.job.name: child.runs - 1 for child in self._children if child.runs and child.job.kind != "periodic"
+        }
+
     def done(self, name: str) -> bool:
         """Whether a `once` job has succeeded."""
         return any(child.done for child in self._children if child.job.name == name)

@@ -89,6 +89,7 @@ FAMILIES: Final[dict[str, Family]] = {
     "onerec_publishing_on_hold": Family("gauge", "1: after a rollback nothing is published until `onerec promote`"),
     # The monitor.
     "onerec_process_up": Family("gauge", "1: the part of `onerec run` is running; 0: it died", ("process",)),
+    "onerec_process_restarts_total": Family("counter", "How often a part of `onerec run` was started again", ("process",)),
     "onerec_replica_up": Family("gauge", "1: the replica answers", ("replica",)),
     "onerec_replica_version": Family("gauge", "Version that the replica answers with", ("replica",)),
     "onerec_version_hit_rate": Family(
