@@ -20,7 +20,7 @@ app = typer.Typer(
 
 COMMAND_MODULES = (
     "simulate", "stream", "items", "train", "publish", "serve", "run", "status", "broker", "produce", "ingest", "worker",
-    "feed", "sampler", "sequences", "reinforce", "table", "evaluate", "reward",
+    "feed", "sampler", "sequences", "reinforce", "table", "evaluate", "reward", "dashboard",
 )
 """Modules of `onerec.commands`, in the order of `--help`; each has `register(app)`."""
 
