@@ -222,6 +222,10 @@ class PairCopy(Closing):
         """Whether nothing is left to read now."""
         return self._tail.complete()
 
+    def lags(self) -> dict[int, int]:
+        """Records between what is stored and the topic's end, by partition."""
+        return self._tail.lags()
+
     def status(self) -> dict[str, Any]:
         """Records and pairs in the log, and how far it is behind the topic."""
         behind = self._tail.behind()

@@ -11,12 +11,23 @@ import typer
 
 from onerec.commands.stream import when
 from onerec.config import load_config
-from onerec.console import BootstrapOption, ConfigOption, JsonOption, SetOption, StateOption, err, out, print_json
+from onerec.console import (
+    BootstrapOption,
+    ConfigOption,
+    JsonOption,
+    MetricsPortOption,
+    SetOption,
+    StateOption,
+    err,
+    out,
+    print_json,
+)
 from onerec.garbage import calm
 from onerec.signals import stopping
 
 STATUS_SECONDS = 5.0
 LIVE_SECONDS = 0.25
+SEEN_SECONDS = 1.0
 
 UntilEndOption = Annotated[
     bool,
@@ -25,7 +36,7 @@ UntilEndOption = Annotated[
 
 
 class Job(Protocol):
-    """What both commands drive."""
+    """What these commands drive; `done` counts what it did, `refused` records left out among it."""
 
     done: Any
 
@@ -38,17 +49,26 @@ class Job(Protocol):
     def status(self) -> dict[str, Any]:
         """Where it stands."""
 
+    def lags(self) -> dict[int, int]:
+        """Records between what is stored and the topic's end, by partition."""
+
 
 def _say(text: str) -> None:
     err.print(text, highlight=False, markup=False, soft_wrap=True)
 
 
 def drive(
-    job: Job, stop: list[int], tell: Callable[[dict[str, Any]], str], *, until_end: bool, json: bool
+    job: Job,
+    stop: list[int],
+    tell: Callable[[dict[str, Any]], str],
+    *,
+    seen: Callable[[Job], None],
+    until_end: bool,
+    json: bool,
 ) -> dict[str, Any]:
-    """Steps until a signal, or the end where it is asked for; returns the summary."""
+    """Steps until a signal, or the end where it is asked for; returns the summary. `seen` gets the job about every second."""
     begun = time.monotonic()
-    told = begun
+    told, looked = begun, 0.0
     records = 0
     live = err.status("reading") if err.is_terminal and not json else None
     try:
@@ -62,11 +82,15 @@ def drive(
                 line = tell(job.status())
                 live.update(line) if live is not None else _say(line)
                 told = now
+            if now - looked >= SEEN_SECONDS:
+                seen(job)
+                looked = now
             if until_end and not count and job.finished():
                 break
     finally:
         if live is not None:
             live.stop()
+    seen(job)
     seconds = time.monotonic() - begun
     return {
         **job.status(),
@@ -86,6 +110,7 @@ def feed(
         bool, typer.Option("--skip-forgotten", help="Go on without sessions that Kafka has deleted before they were read.")
     ] = False,
     bootstrap: BootstrapOption = None,
+    metrics_port: MetricsPortOption = None,
     config: ConfigOption = None,
     set: SetOption = None,
     json: JsonOption = False,
@@ -101,6 +126,8 @@ def feed(
 
         onerec feed --state rank1 --rank 1 --ranks 4
     """
+    from onerec.monitor.of_kafka import CopyMetrics
+    from onerec.monitor.opening import linger, open_metrics
     from streaming.kafka.feeder import Feeder, Stopped
 
     settings = load_config(config, set, bootstrap)
@@ -113,16 +140,25 @@ def feed(
             f"{lag(status)}{left}"
         )
 
-    try:
-        with stopping() as stop, Feeder(
-            settings.kafka, state, rank=rank, ranks=ranks, skip_forgotten=skip_forgotten, say=_say, stopped=lambda: bool(stop)
-        ) as feeder:
-            summary = drive(feeder, stop, tell, until_end=until_end, json=json)
-    except Stopped as reason:
-        return _say(str(reason))
-    if json:
-        print_json(summary)
-        return
+    with open_metrics("feed", settings, metrics_port) as metrics:
+        measured = CopyMetrics(metrics, "sessions", "session")
+        try:
+            with stopping() as stop, Feeder(
+                settings.kafka, state, rank=rank, ranks=ranks, skip_forgotten=skip_forgotten, say=_say,
+                stopped=lambda: bool(stop),
+            ) as feeder:
+                summary = drive(feeder, stop, tell, seen=measured, until_end=until_end, json=json)
+        except Stopped as reason:
+            return _say(str(reason))
+        if json:
+            print_json(summary)
+        else:
+            _tell_fed(summary, tell)
+        if not stop:
+            linger(metrics, settings)
+
+
+def _tell_fed(summary: dict[str, Any], tell: Callable[[dict[str, Any]], str]) -> None:
     run = summary["run"]
     out.print(
         f"{run['sessions']:,} sessions and {run['items']:,} items in {summary['seconds']:.1f} s; {tell(summary)}",
@@ -139,6 +175,7 @@ def histories_replica(
     state: StateOption,
     until_end: UntilEndOption = False,
     bootstrap: BootstrapOption = None,
+    metrics_port: MetricsPortOption = None,
     config: ConfigOption = None,
     set: SetOption = None,
     json: JsonOption = False,
@@ -151,6 +188,8 @@ def histories_replica(
 
         onerec histories-replica --state histories --bootstrap 127.0.0.1:9092
     """
+    from onerec.monitor.of_kafka import CopyMetrics
+    from onerec.monitor.opening import linger, open_metrics
     from streaming.kafka.feeder import Stopped
     from streaming.kafka.replica import Replica
 
@@ -160,14 +199,22 @@ def histories_replica(
     def tell(status: dict[str, Any]) -> str:
         return f"{status['users']:,} users, histories complete to {when(status['watermark'])}; {lag(status)}"
 
-    try:
-        with stopping() as stop, Replica(settings.kafka, state, say=_say, stopped=lambda: bool(stop)) as replica:
-            summary = drive(replica, stop, tell, until_end=until_end, json=json)
-    except Stopped as reason:
-        return _say(str(reason))
-    if json:
-        print_json(summary)
-        return
+    with open_metrics("histories-replica", settings, metrics_port) as metrics:
+        measured = CopyMetrics(metrics, "histories", "history")
+        try:
+            with stopping() as stop, Replica(settings.kafka, state, say=_say, stopped=lambda: bool(stop)) as replica:
+                summary = drive(replica, stop, tell, seen=measured, until_end=until_end, json=json)
+        except Stopped as reason:
+            return _say(str(reason))
+        if json:
+            print_json(summary)
+        else:
+            _tell_copied(summary, tell)
+        if not stop:
+            linger(metrics, settings)
+
+
+def _tell_copied(summary: dict[str, Any], tell: Callable[[dict[str, Any]], str]) -> None:
     out.print(
         f"{summary['run']['records']:,} records in {summary['seconds']:.1f} s "
         f"({summary['records_per_second']:,}/s); {tell(summary)}", highlight=False, soft_wrap=True,

@@ -4,12 +4,22 @@ from __future__ import annotations
 
 import signal
 import time
+from types import FrameType
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from onerec.config import load_config
-from onerec.console import BootstrapOption, ConfigOption, JsonOption, SetOption, err, out, print_json
+from onerec.console import (
+    BootstrapOption,
+    ConfigOption,
+    JsonOption,
+    MetricsPortOption,
+    SetOption,
+    err,
+    out,
+    print_json,
+)
 from onerec.garbage import calm
 
 if TYPE_CHECKING:
@@ -23,6 +33,7 @@ def ingest(
     until_end: Annotated[
         bool, typer.Option("--until-end", help="Stop once all partitions have passed an end marker and nothing is left.")
     ] = False,
+    metrics_port: MetricsPortOption = None,
     config: ConfigOption = None,
     set: SetOption = None,
     json: JsonOption = False,
@@ -38,50 +49,64 @@ def ingest(
 
         onerec produce log.jsonl.gz --end && onerec ingest --until-end --json
     """
+    from onerec.monitor.of_kafka import IngestMetrics
+    from onerec.monitor.opening import linger, open_metrics
     from streaming.kafka.ingest import Ingest
 
     settings = load_config(config, set, bootstrap)
     calm()
     began = time.monotonic()
     shown: list[float] = [began, 0, 0]
-    with err.status("ingest: waiting for partitions") as live:
+    with open_metrics("ingest", settings, metrics_port) as metrics:
+        measured = IngestMetrics(metrics)
+        received: list[int] = []
+        with err.status("ingest: waiting for partitions") as live:
 
-        def show(counts: Counts, partitions: int) -> None:
-            now = time.monotonic()
-            if err.is_terminal or (not json and (now - shown[0] >= STATUS_SECONDS or partitions != shown[2])):
-                rate = (counts.events - shown[1]) / max(0.001, now - shown[0])
-                text = (
-                    f"ingest: {counts.events:,} events, {rate:,.0f} a second, {counts.dead_letters:,} dead letters, "
-                    f"{counts.rerouted:,} rerouted, {counts.items:,} items, {partitions} partition{'s' * (partitions != 1)}"
-                )
-                shown[:] = [now, counts.events, partitions]
-                if err.is_terminal:
-                    live.update(text)
-                else:
-                    err.print(text, highlight=False, soft_wrap=True)
+            def show(counts: Counts, partitions: int) -> None:
+                measured(job, counts, partitions)
+                now = time.monotonic()
+                if err.is_terminal or (not json and (now - shown[0] >= STATUS_SECONDS or partitions != shown[2])):
+                    rate = (counts.events - shown[1]) / max(0.001, now - shown[0])
+                    text = (
+                        f"ingest: {counts.events:,} events, {rate:,.0f} a second, {counts.dead_letters:,} dead letters, "
+                        f"{counts.rerouted:,} rerouted, {counts.items:,} items, {partitions} partition{'s' * (partitions != 1)}"
+                    )
+                    shown[:] = [now, counts.events, partitions]
+                    if err.is_terminal:
+                        live.update(text)
+                    else:
+                        err.print(text, highlight=False, soft_wrap=True)
 
-        job = Ingest(settings, on_status=show)
-        for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, lambda *_: job.stop())
-        counts = job.run(until_end=until_end)
-    seconds = time.monotonic() - began
-    summary: dict[str, Any] = {
-        "events": counts.events,
-        "dead_letters": counts.dead_letters,
-        "rerouted": counts.rerouted,
-        "items": counts.items,
-        "markers": counts.markers,
-        "empty": counts.empty,
-        "seconds": round(seconds, 3),
-        "events_per_second": round(counts.events / seconds, 1) if seconds > 0 else 0.0,
-    }
-    if json:
-        print_json(summary)
-    else:
-        out.print(
-            f"ingest: {counts.events:,} events, {counts.dead_letters:,} dead letters, {counts.rerouted:,} rerouted, "
-            f"{counts.items:,} items, {counts.markers:,} time markers in {seconds:,.1f} s", highlight=False, soft_wrap=True,
-        )
+            job = Ingest(settings, on_status=show)
+
+            def stop(number: int, frame: FrameType | None) -> None:
+                received.append(number)
+                job.stop()
+
+            for number in (signal.SIGTERM, signal.SIGINT):
+                signal.signal(number, stop)
+            counts = job.run(until_end=until_end)
+            measured(job, counts, 0)
+        seconds = time.monotonic() - began
+        summary: dict[str, Any] = {
+            "events": counts.events,
+            "dead_letters": counts.dead_letters,
+            "rerouted": counts.rerouted,
+            "items": counts.items,
+            "markers": counts.markers,
+            "empty": counts.empty,
+            "seconds": round(seconds, 3),
+            "events_per_second": round(counts.events / seconds, 1) if seconds > 0 else 0.0,
+        }
+        if json:
+            print_json(summary)
+        else:
+            out.print(
+                f"ingest: {counts.events:,} events, {counts.dead_letters:,} dead letters, {counts.rerouted:,} rerouted, "
+                f"{counts.items:,} items, {counts.markers:,} time markers in {seconds:,.1f} s", highlight=False, soft_wrap=True,
+            )
+        if not received:
+            linger(metrics, settings)
 
 
 def register(app: typer.Typer) -> None:

@@ -119,6 +119,7 @@ def pairs_replica(
     run: RunOption,
     until_end: Annotated[bool, typer.Option("--until-end", help="End once nothing is left to read.")] = False,
     bootstrap: BootstrapOption = None,
+    metrics_port: MetricsPortOption = None,
     config: ConfigOption = None,
     settings: SetOption = None,
     json: JsonOption = False,
@@ -129,6 +130,8 @@ def pairs_replica(
 
     Example: `onerec pairs-replica --run run --bootstrap 127.0.0.1:9092`
     """
+    from onerec.monitor.of_kafka import CopyMetrics
+    from onerec.monitor.opening import linger, open_metrics
     from trainer.kafka_sampler import PairCopy
 
     configuration = load_config(config, settings, bootstrap)
@@ -137,12 +140,16 @@ def pairs_replica(
     def tell(status: dict[str, Any]) -> str:
         return f"{status['records']:,} records, {status['pairs']:,} pairs; {lag(status)}"
 
-    with stopping() as stop, PairCopy(configuration.kafka, run, say=_say) as copy:
-        result = drive(copy, stop, tell, until_end=until_end, json=json)
-    if json:
-        print_json(result)
-    else:
-        out.print(f"{result['run']['records']:,} records in {result['seconds']:.1f} s; {tell(result)}", highlight=False)
+    with open_metrics("pairs-replica", configuration, metrics_port) as metrics:
+        measured = CopyMetrics(metrics, "preference-pairs")
+        with stopping() as stop, PairCopy(configuration.kafka, run, say=_say) as copy:
+            result = drive(copy, stop, tell, seen=measured, until_end=until_end, json=json)
+        if json:
+            print_json(result)
+        else:
+            out.print(f"{result['run']['records']:,} records in {result['seconds']:.1f} s; {tell(result)}", highlight=False)
+        if not stop:
+            linger(metrics, configuration)
 
 
 def reporter(*, quiet: bool) -> Callable[[Stats], None]:

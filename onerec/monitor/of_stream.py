@@ -10,7 +10,7 @@ import os
 import threading
 import time
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Final, TypeVar
 
@@ -83,6 +83,23 @@ def folder_bytes(folder: Path) -> int | None:
 def now_ms() -> int:
     """The wall clock, epoch ms."""
     return time.time_ns() // 1_000_000
+
+
+class Offsets:
+    """`onerec_lag_offsets` of one source; partitions that are not mentioned any more become absent."""
+
+    def __init__(self, metrics: Metrics, source: str) -> None:
+        self._gauge = metrics.gauge("onerec_lag_offsets")
+        self._source = source
+        self._shown: set[int] = set()
+
+    def set(self, lags: Mapping[int, int | None]) -> None:
+        """Records behind, by partition; None where it is not known."""
+        for partition in self._shown - lags.keys():
+            self._gauge.forget(source=self._source, partition=str(partition))
+        self._shown = set(lags)
+        for partition, lag in lags.items():
+            self._gauge.set(lag, source=self._source, partition=str(partition))
 
 
 class StreamMetrics:
@@ -207,7 +224,7 @@ class WorkerMetrics:
         self._lock = threading.Lock()
         self._stamps: dict[int, int] = {}
         self._open: dict[int, int] = {}
-        self._shown: set[int] = set()
+        self._offsets = Offsets(metrics, "events")
 
     def committed(self, commit: Commit) -> None:
         """Takes a commit in."""
@@ -231,12 +248,7 @@ class WorkerMetrics:
         self._behind({each.partition: each.lag for each in found}, stamps)
 
     def _behind(self, lags: dict[int, int | None], stamps: dict[int, int]) -> None:
-        offsets = self._metrics.gauge("onerec_lag_offsets")
-        for partition in self._shown - lags.keys():
-            offsets.forget(source="events", partition=str(partition))
-        self._shown = set(lags)
-        for partition, lag in lags.items():
-            offsets.set(lag, source="events", partition=str(partition))
+        self._offsets.set(lags)
         wall = now_ms()
         seconds = [
             0.0 if lag == 0 else (wall - stamps[partition]) / 1000

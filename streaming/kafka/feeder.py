@@ -290,6 +290,10 @@ class Feeder(Closing):
         """Whether an end marker ended every partition of this rank, and all that came before is in the log."""
         return self._order.ended() and self._catalogue.complete() and self._sessions.complete()
 
+    def lags(self) -> dict[int, int]:
+        """Records between what is stored and the topic's end, by partition."""
+        return self._sessions.lags()
+
     def status(self) -> dict[str, Any]:
         """Where the feeder stands: lag in records and ms, the log's watermark, partitions that are not waited for."""
         behind = self._sessions.behind()

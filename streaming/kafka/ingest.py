@@ -11,7 +11,7 @@ import time
 from collections import deque
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 
 import orjson
 from confluent_kafka import Consumer, KafkaError, KafkaException, Producer, TopicPartition
@@ -54,6 +54,15 @@ REFUSED: Final = (
 GRANTS: Final = "grant this user group, topics and transactional ids that begin with {0!r}"
 SETTLE_SECONDS: Final = 2.0
 """How long a transaction in flight may take once its partition is to be given away."""
+
+
+class Lag(NamedTuple):
+    """What is left of a partition of a raw topic: `records`, and the broker's time, ms, of the newest read; None: unknown."""
+
+    source: str
+    partition: int
+    records: int | None
+    read_ms: int | None
 
 
 class Pulse:
@@ -115,6 +124,7 @@ class Ingest:
         self._stopping = False
         self._decisions: Decisions | None = None
         self._most = 200
+        self._read_ms: dict[tuple[int, int], int] = {}
         self._pulse = Pulse(self._idle)
         self._source = {self._kafka.named(name): number for number, name in enumerate(RAW)}
         self._topics = [self._kafka.named(name) for name in RAW]
@@ -140,6 +150,23 @@ class Ingest:
     def partitions(self) -> list[int]:
         """Those that this instance has open."""
         return sorted(self._lanes)
+
+    @property
+    def newest(self) -> int | None:
+        """Newest event time written, ms; None before the first."""
+        return self._newest[-1][1] if self._newest else None
+
+    def lags(self) -> list[Lag]:
+        """How far each partition that is open is behind, as last heard from the brokers; for the thread of `run`."""
+        found = []
+        for partition, lane in sorted(self._lanes.items()):
+            for number, source in enumerate(lane.sources):
+                end = self._consumer.get_watermark_offsets(TopicPartition(self._topics[number], partition), cached=True)[1]
+                # Behind the last record lies the mark of its transaction, which only the partition's end tells of.
+                done = source.empty and lane.since[number] is not None and end <= lane.ends[number]
+                left = 0 if done else None if end < 0 else max(0, end - source.position().offset)
+                found.append(Lag(RAW[number], partition, left, self._read_ms.get((partition, number))))
+        return found
 
     def stop(self) -> None:
         """Makes `run` end cleanly; from a signal handler too."""
@@ -315,6 +342,7 @@ class Ingest:
                 continue
             if ends.get((topic, partition)) != len(run):
                 lane.since[source] = None
+            self._read_ms[partition, source] = run[-1].timestamp
             lane.arrived_at = now
             lane.burst_at = lane.burst_at or now
             lane.add(source, run if self._schemas is None else [self._read(self._schemas, source, raw) for raw in run])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections import Counter
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, Final
@@ -49,7 +50,7 @@ class Standing(msgspec.Struct, kw_only=True):
 
 
 class Counts(msgspec.Struct):
-    """What was written in committed transactions; `empty` counts raw messages without a byte."""
+    """What was written in committed transactions; `empty` counts raw messages without a byte, `reasons` dead letters."""
 
     events: int = 0
     dead_letters: int = 0
@@ -57,6 +58,7 @@ class Counts(msgspec.Struct):
     items: int = 0
     markers: int = 0
     empty: int = 0
+    reasons: Counter[str] = msgspec.field(default_factory=Counter)
 
     def add(self, other: Counts) -> None:
         """Sums up."""
@@ -242,6 +244,7 @@ class Lane:
             headers = [("source", source), ("reason", aside.detail.encode())]
             self._produce(named("dead-letters"), aside.raw[:CUT_BYTES], partition=0, headers=headers)
             counts.dead_letters += 1
+            counts.reasons[aside.detail] += 1
         elif aside.kind == "item":
             self._produce(named("catalogue"), aside.raw, key=aside.detail, partition=owner(aside.detail))
             counts.items += 1

@@ -204,6 +204,10 @@ class Replica(Closing):
             and self._tail.complete()
         )
 
+    def lags(self) -> dict[int, int]:
+        """Records between what is stored and the topic's end, by partition."""
+        return self._tail.lags()
+
     def status(self) -> dict[str, Any]:
         """Where the replica stands: users, lag in records and ms, watermark."""
         behind = self._tail.behind()
