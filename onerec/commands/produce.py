@@ -2,13 +2,22 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from onerec.config import load_config
-from onerec.console import BootstrapOption, ConfigOption, JsonOption, SetOption, err, out, print_json
+from onerec.console import (
+    BootstrapOption,
+    ConfigOption,
+    JsonOption,
+    MetricsPortOption,
+    SetOption,
+    err,
+    out,
+    print_json,
+)
 from onerec.errors import UserError
 from onerec.garbage import calm
 from onerec.signals import interruptible
@@ -44,6 +53,7 @@ def produce(
         list[str] | None,
         typer.Option("--map", help="column=field: what a column of yours is called here; may be repeated.", show_default=False),
     ] = None,
+    metrics_port: MetricsPortOption = None,
     config: ConfigOption = None,
     set: SetOption = None,
     json: JsonOption = False,
@@ -62,6 +72,8 @@ def produce(
 
         onerec produce log.csv --map uid=user_id --map vid=item_id --map time=ts --map played=watch_ms --pack 200
     """
+    from onerec.monitor.of_kafka import ProduceMetrics
+    from onerec.monitor.opening import linger, open_metrics
     from streaming.formats import FORMATS
     from streaming.kafka.producing import Produce
     from streaming.rows import parse_mapping
@@ -83,24 +95,32 @@ def produce(
         TextColumn("produce"), BarColumn(), TextColumn("{task.percentage:>3.0f}%"), TextColumn("{task.fields[rate]}"),
         TimeElapsedColumn(), TimeRemainingColumn(), console=err, transient=json, disable=not err.is_terminal,
     )
-    with interruptible("stopped; what is committed stays, the same command goes on from there"), progress:
-        task = progress.add_task("produce", total=1.0, rate="")
+    with open_metrics("produce", settings, metrics_port) as metrics:
+        measured = ProduceMetrics(metrics)
+        with interruptible("stopped; what is committed stays, the same command goes on from there"), progress:
+            task = progress.add_task("produce", total=1.0, rate="")
 
-        def show(step: Step) -> None:
-            elapsed = progress.tasks[0].elapsed or 0.0
-            rate = step.counts.lines / elapsed if elapsed > 0 else 0.0
-            progress.update(
-                task, completed=step.fraction, total=None if step.fraction is None else 1.0, rate=f"{rate:,.0f} lines/s"
+            def show(step: Step) -> None:
+                measured(step)
+                elapsed = progress.tasks[0].elapsed or 0.0
+                rate = step.counts.lines / elapsed if elapsed > 0 else 0.0
+                progress.update(
+                    task, completed=step.fraction, total=None if step.fraction is None else 1.0, rate=f"{rate:,.0f} lines/s"
+                )
+
+            job = Produce(
+                settings.kafka, files or [], items=items or [], future_ms=settings.stream.future_ms, wanted=format,
+                mapping=mapping, speed=speed, live=live, follow=follow, pack=pack, end=end, on_step=show,
             )
+            summary = job.run()
+        if json:
+            print_json(summary)
+        else:
+            _tell(summary)
+        linger(metrics, settings)
 
-        job = Produce(
-            settings.kafka, files or [], items=items or [], future_ms=settings.stream.future_ms, wanted=format, mapping=mapping,
-            speed=speed, live=live, follow=follow, pack=pack, end=end, on_step=show,
-        )
-        summary = job.run()
-    if json:
-        print_json(summary)
-        return
+
+def _tell(summary: dict[str, Any]) -> None:
     out.print(
         f"{summary['lines']:,} lines: {summary['watch']:,} into watch, {summary['interactions']:,} into interactions, "
         f"{summary['items']:,} into items; {summary['seconds']:.1f} s, {summary['lines_per_second']:,.0f} lines/s",

@@ -59,7 +59,7 @@ FAMILIES: Final[dict[str, Family]] = {
     "onerec_open_sessions": Family("gauge", "Users with a session that is not final yet; they seldom have two"),
     "onerec_users": Family("gauge", "Users known"),
     "onerec_lag_seconds": Family(
-        "gauge", "Time between the source's end and what has been taken: log time of files, the broker's of topics", ("source",)),
+        "gauge", "Time from what has been taken to the source's end: log time of files, the broker's of topics", ("source",)),
     "onerec_lag_offsets": Family("gauge", "Records between the source's end and what has been taken", ("source", "partition")),
     "onerec_state_bytes": Family("gauge", "Size of RocksDB on the disk"),
     "onerec_recovery_seconds": Family("gauge", "How long the last start took until records could be taken"),

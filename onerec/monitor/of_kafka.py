@@ -94,7 +94,7 @@ class CopyMetrics:
 
 
 class ProduceMetrics:
-    """Of `onerec produce`: to be called with each of its steps."""
+    """Of `onerec produce`: to be called with each of its steps. Lines that `ingest` will refuse count as events here."""
 
     def __init__(self, metrics: Metrics) -> None:
         self._metrics = metrics
@@ -106,3 +106,5 @@ class ProduceMetrics:
         events = step.counts.watch + step.counts.interactions
         self._events.inc(events - self._counted)
         self._counted = events
+        if step.behind_ms is not None:
+            self._metrics.gauge("onerec_lag_seconds").set(step.behind_ms / 1000, source="files")

@@ -60,10 +60,11 @@ class Counts(msgspec.Struct):
 
 
 class Step(NamedTuple):
-    """What the replay has come to, for whoever shows it."""
+    """What the replay has come to, for whoever shows or measures it; `behind_ms` as in `streaming.replay.Step`."""
 
     counts: Counts
     fraction: float | None
+    behind_ms: int | None
 
 
 def progress_key(name: str) -> bytes:
@@ -178,12 +179,12 @@ class Produce:
             "lines_per_second": round(self.counts.lines / seconds, 1) if seconds > 0 else 0.0,
         }
 
-    def _commit(self, positions: dict[str, Produced]) -> None:
+    def _commit(self, positions: dict[str, Produced], behind_ms: int | None = None) -> None:
         self._outbox.commit({progress_key(name): msgspec.json.encode(position) for name, position in positions.items()})
         self._produced |= positions
         streams = [source.stream for source in (*self._catalogues, *self._events)]
         fractions = [fraction for stream in streams if (fraction := stream.fraction()) is not None]
-        self._on_step(Step(self.counts, sum(fractions) / len(fractions) if fractions else None))
+        self._on_step(Step(self.counts, sum(fractions) / len(fractions) if fractions else None, behind_ms))
 
     def _plain(self, source: Source) -> None:
         """One source flat out: whole blocks; what trickles in is committed once nothing more comes for `linger_ms`."""
@@ -290,7 +291,8 @@ class Produce:
             head = cursor.head if cursor else None
             ready = head is None or pace is None or pace.due(head)
             if self._outbox.lines and (self._full() or not ready or head is None):
-                self._commit({c.source.name: _produced(c.position()) for c in cursors})
+                behind = None if pace is None else pace.behind_ms(head) if head else 0
+                self._commit({c.source.name: _produced(c.position()) for c in cursors}, behind)
             if cursor is None or head is None:
                 if all(each.ended for each in cursors):
                     return
