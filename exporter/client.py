@@ -17,6 +17,13 @@ from onerec.errors import Failure, UserError
 DEFAULT_URL = "127.0.0.1:8001"
 REQUEST_SECONDS = 10.0
 LOAD_SECONDS = 600.0
+CHANNEL = [
+    ("grpc.max_send_message_length", 2**31 - 1),
+    ("grpc.max_receive_message_length", 2**31 - 1),
+    ("grpc.initial_reconnect_backoff_ms", 100),
+    ("grpc.max_reconnect_backoff_ms", 1_000),
+]
+"""Without bounds on the size of messages, as the client has it; a server that is back is found within a second, not minutes."""
 
 
 class Recommendation(msgspec.Struct, frozen=True, kw_only=True):
@@ -73,7 +80,7 @@ class Client:
     def __init__(self, url: str = DEFAULT_URL, *, timeout: float = REQUEST_SECONDS) -> None:
         self.url = grpc_address(url)
         self._timeout = timeout
-        self._client = grpcclient.InferenceServerClient(self.url)
+        self._client = grpcclient.InferenceServerClient(self.url, channel_args=CHANNEL)
 
     def recommend(
         self,

@@ -97,6 +97,10 @@ class LogClock:
             return None
         return int(np.interp(wall_ms, walls, logs))
 
+    def since(self, log_ms: int | None, event_ms: NDArray[np.int64]) -> NDArray[np.float64]:
+        """Ages in ms at a time of the log's clock; NaN where that is not known."""
+        return np.full(len(event_ms), np.nan) if log_ms is None else (log_ms - event_ms).astype(np.float64)
+
     def reached(self, event_ms: NDArray[np.int64]) -> NDArray[np.float64]:
         """The log's clock when the stream was first seen to have taken an event of each time; NaN where not known."""
         return self._first([sample.newest_ms or 0 for sample in self._samples], event_ms)

@@ -263,8 +263,9 @@ class RepositoryLook(_Cached):
         from exporter.repository import Repository
 
         def find() -> int | None:
-            events = Repository(self.root).events()
-            return next((entry.at_ms for entry in reversed(events) if (entry.version, entry.event) == (version, "published")), None)
+            events = reversed(Repository(self.root).events())
+            told = (entry.at_ms for entry in events if entry.version == version and entry.event in ("published", "promoted"))
+            return next(told, None)
 
         return self._try(find, None)
 
