@@ -66,8 +66,8 @@ class Ages(Collector):
             self._sums[label] = self._sums.get(label, 0.0) + float(ages.sum())
 
     def describe(self) -> Iterable[Metric]:
-        """Nothing before the first scrape."""
-        return ()
+        """Its name, by which it can be asked for alone."""
+        yield HistogramMetricFamily(self._name, self._family.help, labels=self._family.labels)
 
     def collect(self) -> Iterable[Metric]:
         """The family as Prometheus reads it."""

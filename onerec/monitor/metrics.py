@@ -65,8 +65,8 @@ class Known(Collector):
             pass
 
     def describe(self) -> Iterable[Metric]:
-        """Nothing before the first scrape."""
-        return ()
+        """Its name, by which it can be asked for alone."""
+        return self._gauge.describe()
 
     def collect(self) -> Iterable[Metric]:
         """What has been set."""
@@ -80,11 +80,12 @@ class _Negative(Collector):
         self._ages = ages
 
     def describe(self) -> Iterable[Metric]:
-        return ()
+        name = "onerec_negative_ages_total"
+        yield CounterMetricFamily(name, FAMILIES[name].help, labels=("stage",))
 
     def collect(self) -> Iterable[Metric]:
-        name = "onerec_negative_ages_total"
-        found = CounterMetricFamily(name, FAMILIES[name].help, labels=("stage",))
+        (found,) = self.describe()
+        assert isinstance(found, CounterMetricFamily)
         totals: Counter_[str] = Counter_()
         for ages in self._ages:
             totals.update(ages.negative)
