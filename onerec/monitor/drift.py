@@ -20,7 +20,7 @@ import msgspec
 import numpy as np
 from numpy.typing import ArrayLike
 
-from onerec.errors import OneRecError
+from onerec.errors import Failure, OneRecError
 from onerec.files import sync_path
 
 DRIFT_FILE = "drift.json"
@@ -245,10 +245,14 @@ def _pooled(counts: Counter[str], common: set[str]) -> Counter[str]:
     return found
 
 
+def _counter(kind: type, value: Any) -> Counter[str]:
+    return Counter(msgspec.convert(value, dict[str, int]))
+
+
 def read_reference(path: Path) -> Reference | None:
     """The kept reference; None where there is none, or one that is damaged or of another format: it is made anew."""
     try:
-        found = msgspec.json.decode(path.read_bytes(), type=Reference)
+        found = msgspec.json.decode(path.read_bytes(), type=Reference, dec_hook=_counter)
     except (OSError, msgspec.MsgspecError, UnicodeDecodeError):
         return None
     return found if found.format == FORMAT else None
@@ -256,8 +260,6 @@ def read_reference(path: Path) -> Reference | None:
 
 def write_reference(path: Path, reference: Reference) -> None:
     """Write the reference whole or not at all. Raises Failure where the disk refuses it."""
-    from onerec.errors import Failure
-
     staging = path.with_suffix(".writing")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
