@@ -28,7 +28,7 @@ class World(Closing):
     """Writes a session of three watches ten times a second, until it is closed; `watch_ms` is how long users watch."""
 
     def __init__(self, log: Path) -> None:
-        self.watch_ms = USUAL_MS
+        self.watch_ms: tuple[int, ...] = USUAL_MS
         self._log = log
         log.touch()
         self._lock = threading.Lock()
