@@ -116,16 +116,21 @@ def _check_free(host: str, port: int, option: str) -> None:
             ) from None
 
 
-def choose_ports(ports: Ports) -> Ports:
-    """The ports with every 0 replaced by a free one; UserError naming the option when a given one is taken."""
+def choose_ports(ports: Ports, *, metrics_option: str = "metrics") -> Ports:
+    """The ports with every 0 replaced by a free one; UserError naming the option when a given one is taken.
+
+    `metrics_option`: what the caller calls `--metrics-port`, without its ending.
+    """
+    options = {"http": "http", "grpc": "grpc", "metrics": metrics_option}
     chosen: dict[str, int] = {}
     for name in ("http", "grpc", "metrics"):
         port = getattr(ports, name)
         if port:
-            _check_free(ports.host, port, name)
+            _check_free(ports.host, port, options[name])
             for other, taken in chosen.items():
                 if taken == port:
-                    raise UserError(f"--{other}-port and --{name}-port are both {port}; give each a port of its own")
+                    both = f"--{options[other]}-port and --{options[name]}-port"
+                    raise UserError(f"{both} are both {port}; give each a port of its own")
         while not port or port in chosen.values():
             port = _free_port(ports.host)
         chosen[name] = port

@@ -35,10 +35,12 @@ def kafka_jobs(
     run_dir: Path,
     options: Sequence[str],
     shared: Sequence[str],
+    end: bool,
 ) -> tuple[list[Job], Path]:
     """Jobs from files to the session log in `state`, and the folder of the histories that serving reads.
 
-    `inputs` and `options` are those of `onerec produce`; nothing is produced before `ready()`.
+    `inputs` and `options` are those of `onerec produce`; nothing is produced before `ready()`, and `end` says that the
+    inputs have one.
     """
     replica = run_dir / "replica"
     there = ["--bootstrap", bootstrap, *shared]
@@ -63,14 +65,15 @@ def kafka_jobs(
         Job(name="ingest", ready=topics, retry_user_errors=True, command=command("ingest", *there)),
         *(
             Job(name=f"stream-{number}", ready=topics, retry_user_errors=True,
-                command=command("stream", "--state", run_dir / f"worker-{number}", *there))
+                command=command("stream", "--state", run_dir / f"worker-{number}", *there,
+                                "--set", f"metrics.name=stream-{number}"))
             for number in range(1, workers + 1)
         ),
         Job(name="feed", ready=topics, retry_user_errors=True, command=command("feed", "--state", state, *there)),
         Job(name="histories-replica", ready=topics, retry_user_errors=True,
             command=command("histories-replica", "--state", replica, *there)),
         Job(name="produce", kind="once", ready=lambda: topics() and ready(),
-            command=command("produce", *inputs, "--end", *options, *there)),
+            command=command("produce", *inputs, *(["--end"] if end else []), *options, *there)),
     ]
     return jobs, replica
 

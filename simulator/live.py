@@ -35,11 +35,12 @@ LOOK_SECONDS: Final = 1.0
 class LiveConfig(msgspec.Struct, frozen=True, kw_only=True):
     """What decides every byte of a live world but its beginning: users, days of the world in one of the clock, length, seed.
 
-    `upload_seconds`: a new video every so often, by the wall clock.
+    `asked`: the rate that was asked for. `upload_seconds`: a new video every so often, by the wall clock.
     """
 
     users: int
     factor: int
+    asked: float = 0.0
     hours: float = HOURS
     first_items: int = FIRST_ITEMS
     upload_seconds: float = UPLOAD_SECONDS
@@ -52,6 +53,11 @@ class LiveConfig(msgspec.Struct, frozen=True, kw_only=True):
         days = max(1, -(-int(self.hours * 3600 * self.factor) // 86_400))
         return WorldConfig(users=self.users, items=self.first_items + uploads, first_items=self.first_items, days=days,
                            seed=self.seed, daily_rhythm=False)
+
+    @property
+    def wanted_rate(self) -> float:
+        """What was asked for; `rate` differs from it as `factor` is a whole number."""
+        return self.asked or self.rate
 
     @property
     def rate(self) -> float:
@@ -85,7 +91,7 @@ def live_config(rate: float, users: int | None = None, **more: float) -> LiveCon
             f"--users {count} with --rate {rate:g}: the world's days would pass {factor} times faster; "
             f"{FACTORS[0]} to {FACTORS[1]} times works, so give --users {max(1, least + 1)} to {most}"
         )
-    return LiveConfig(users=count, factor=factor, **more)  # type: ignore[arg-type]
+    return LiveConfig(users=count, factor=factor, asked=rate, **more)  # type: ignore[arg-type]
 
 
 def scaled_settings(factor: int) -> dict[str, int]:

@@ -22,6 +22,7 @@ POLL_SECONDS: Final = 1.5
 ANSWER_SECONDS: Final = 1.0
 LARGEST_PAGE: Final = 8 << 20
 TRITON: Final = "triton"
+RUN: Final = "run"
 CONTENT_TYPE: Final = "text/plain; version=0.0.4; charset=utf-8"
 _SAMPLE: Final = re.compile(r"([A-Za-z_:][A-Za-z0-9_:]*)(\{)?")
 _HAS_PROCESS: Final = re.compile(r'[{,]\s*process="')
@@ -100,7 +101,7 @@ class Federation(Closing):
         port: 0 takes a free one.
         triton: its metrics' URL, or None.
         done: whether a job has ended well, so that its last figures stay.
-        own: the exposition of the process that federates, without a label.
+        own: the exposition of the process that federates, which is called `run`.
         get: URL → page; raises OSError.
 
     Raises UserError where the port is taken. Nothing is polled before `start`.
@@ -154,7 +155,7 @@ class Federation(Closing):
         """The union as it was at the last poll."""
         pages = dict(self._pages)
         triton = pages.pop(TRITON, "")
-        return union(pages, [self._own(), triton])
+        return union({**pages, RUN: self._own()}, [triton])
 
     def silent(self) -> frozenset[str]:
         """Processes that are there and did not answer the last poll."""

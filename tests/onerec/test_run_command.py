@@ -99,7 +99,7 @@ def test_run_names_the_option_of_a_port_that_is_taken(tmp_path: Path) -> None:
 
 def test_a_child_with_a_wrong_request_ends_the_run_with_its_words(tmp_path: Path) -> None:
     places = ["--state", tmp_path / "s", "--run", tmp_path / "r", "--repository", tmp_path / "m"]
-    ports = ["--http-port", "0", "--grpc-port", "0", "--metrics-port", "0"]
+    ports = ["--http-port", "0", "--grpc-port", "0", "--triton-metrics-port", "0", "--no-dashboard"]
     result = onerec("run", tmp_path / "missing.jsonl", *places, *ports)
     assert result.returncode == 2
     assert "missing.jsonl" in result.stderr
@@ -147,7 +147,7 @@ def test_run_learns_serves_mends_itself_and_leaves_nothing_running(tmp_path: Pat
     events, items = world(tmp_path)
     places = ["--state", tmp_path / "state", "--run", tmp_path / "run", "--repository", tmp_path / "repository"]
     words = ["run", events, "--items", items, *places, "--speed", "20000", "--publish-every", "5", "--http-port", "0",
-             "--grpc-port", "0", "--metrics-port", "0", "--set", "beam.width=8", "--set", "train.threads=1"]
+             "--grpc-port", "0", "--triton-metrics-port", "0", "--no-dashboard", "--set", "beam.width=8", "--set", "train.threads=1"]
     if kafka:
         cluster = [f"kafka.bootstrap=127.0.0.1:{free_port()}", "--set", "kafka.partitions=2"]
         words += ["--kafka", "--workers", "2", "--set", *cluster]
