@@ -66,8 +66,8 @@ def test_each_way_in_and_each_triton_is_a_profile(services: dict[str, Any]) -> N
     def started(*profiles: str) -> set[str]:
         return {name for name, service in services.items() if set(service.get("profiles", profiles)) & set(profiles)}
 
-    always = {"prepare", "prometheus", "grafana"}
-    pipeline = {"ingest", "stream", "feed", "train", "sampler", "pairs-replica", "publish", "histories-replica"}
+    always = {"prepare", "prometheus", "grafana", "dashboard"}
+    pipeline = {"ingest", "stream", "feed", "train", "sampler", "pairs-replica", "publish", "histories-replica", "monitor"}
     assert started("kafka", "cpu") == always | pipeline | {"kafka", "topics", "triton"}
     assert started("cluster", "gpu") == always | pipeline | {"kafka-1", "kafka-2", "kafka-3", "topics-cluster", "triton-gpu"}
     assert started("external", "cpu") == always | pipeline | {"topics", "triton"}
@@ -114,7 +114,7 @@ def test_every_onerec_command_line_is_one_that_onerec_takes(services: dict[str, 
         ("topics", "topics"), ("ingest", "ingest"), ("stream", "stream"), ("feed", "feed"), ("feed", "sessions"),
         ("train", "train"), ("train", "sessions"), ("publish", "publish"), ("histories-replica", "histories-replica"),
         ("produce", "produce"), ("simulate", "simulate"), ("embedded", "run"), ("sampler", "sampler"),
-        ("pairs-replica", "pairs-replica"),
+        ("pairs-replica", "pairs-replica"), ("monitor", "monitor"), ("dashboard", "dashboard"),
     } <= seen
 
 
@@ -156,6 +156,13 @@ def test_triton_reads_only_and_is_healthy_when_the_model_is(services: dict[str, 
         assert "/v2/models/recommend/ready" in " ".join(services[name]["healthcheck"]["test"])
         histories = in_shell(services[name]["environment"]["ONEREC_STATE"])
         assert f"--state={histories}" in services["histories-replica"]["command"]
+        assert f"--state={histories}" in [in_shell(word) for word in services["dashboard"]["command"]]
+
+
+def test_who_only_looks_cannot_write(services: dict[str, Any]) -> None:
+    assert all(volume.endswith(":ro") for volume in services["dashboard"]["volumes"])
+    # The monitor's ledger is in the run.
+    assert [volume for volume in services["monitor"]["volumes"] if not volume.endswith(":ro")] == ["run:/data/run"]
 
 
 def test_workers_share_no_state(services: dict[str, Any]) -> None:

@@ -68,18 +68,3 @@ def test_training_begins_with_enough_sessions_and_ends_as_the_trainer_does(shell
     *waiting, last = shell.calls
     assert waiting == [look, "sleep 10", look, "sleep 10", look, "sleep 10", look]
     assert last.startswith("onerec train --state /data/feed --run /data/run --follow ")
-
-
-def test_every_checkpoint_is_published_once_and_a_failed_one_again(shell: Shell) -> None:
-    checkpoints = shell.data / "run" / "checkpoints"
-    # The first publish fails; a newer checkpoint comes in the fourth pause, and the sixth is the last.
-    shell.program("onerec", "[ -e failed ] || { touch failed; exit 1; }")
-    shell.program(
-        "sleep", "echo >> pauses", "case $(wc -l < pauses) in", f"  1) mkdir -p {checkpoints}/000000010;;",
-        f"  4) mkdir {checkpoints}/000000020;;", "  6) kill $PPID;;", "esac",
-    )
-    assert shell.run("publish") != 0
-    publish = next(call for call in shell.calls if call.startswith("onerec"))
-    assert publish.startswith("onerec publish --run /data/run --repository /data/repository --server triton:8001")
-    pause = "sleep 30"
-    assert shell.calls == [pause, publish, pause, publish, pause, pause, publish, pause, pause]
