@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -19,6 +20,8 @@ def dashboard(
     host: Annotated[str, typer.Option(help="Address to listen on. The page has no password.")] = "127.0.0.1",
     metrics: Annotated[str | None, typer.Option(help="Metrics to read lag from, as of `onerec run --metrics-port`; default: "
                                                      "the processes named in RUN/metrics.", show_default=False)] = None,
+    names: Annotated[Path | None, typer.Option(help="JSON lines with `item_id` and `title`: what to call items.",
+                                               show_default=False)] = None,
     config: ConfigOption = None,
     settings: SetOption = None,
 ) -> None:
@@ -30,6 +33,7 @@ def dashboard(
     """
     from exporter.client import DEFAULT_URL, grpc_address
     from onerec.config import load_config
+    from onerec.dashboard.names import read_titles
     from onerec.dashboard.page import Page, Sources
     from onerec.dashboard.scrape import metrics_url
     from onerec.dashboard.server import bind, serve
@@ -39,7 +43,7 @@ def dashboard(
                       servers=tuple(dict.fromkeys(grpc_address(url) for url in server or [DEFAULT_URL])),
                       metrics=metrics_url(metrics) if metrics else None)
     page = Page(sources, mode=configuration.freshness.clock, objective_s=configuration.freshness.objective_s,
-                psi=(configuration.monitor.psi_look, configuration.monitor.psi_act))
+                watch=configuration.monitor, titles=read_titles(names) if names else None)
     listener = bind(host, port)
     shown = f"[{host}]" if ":" in host else host
     err.print(f"dashboard: http://{shown}:{listener.getsockname()[1]}/ (Ctrl-C ends)", highlight=False, markup=False,

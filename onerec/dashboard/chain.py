@@ -5,41 +5,40 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any, Final
 
-from onerec.monitor.ages import log_clock
-from onerec.monitor.settings import ClockMode
-
 STAGES: Final = ("event", "history", "session", "trained", "exported", "loaded", "answered")
 
 
 def chain(
-    marks: Mapping[str, int | None], answered: Sequence[int | None], wall_ms: int, *, mode: ClockMode, objective_s: float
-) -> dict[str, Any]:
+    marks: Mapping[str, int | None], answered: Sequence[int | None], *, clock_ms: int | None, live: bool,
+    factor: float | None, wall_ms: int, objective_s: float,
+) -> dict[str, Any]:  # fmt: skip
     """Stages with their event time and age in ms by the log's clock; `answered` are the watermarks of replicas that answer.
 
     The headline is the age of what the replica that knows least answers from. A stage without a mark has no age: None,
-    never 0; a negative age stays negative, since it tells of a clock that is wrong. Without any event there is no log
-    clock in a replay, and so no age.
+    never 0; a negative age stays negative, since it tells of a clock that is wrong. `added_ms`: by how much a hand-off makes
+    the oldest so far older. In a replay the objective is as many
+    times longer as the log runs faster than time (`factor`, where known).
     """
-    newest = marks.get("event")
-    clock = log_clock(newest, wall_ms, mode)
     known = [mark for mark in answered if mark is not None]
     all_marks = {**marks, "answered": min(known) if known and len(known) == len(answered) else None}
     stages: list[dict[str, Any]] = []
-    before: int | None = None
+    oldest: int | None = None
     for name in STAGES:
         mark = all_marks.get(name)
-        age = None if mark is None or clock is None else clock - mark
-        stages.append({"name": name, "watermark_ms": mark, "age_ms": age,
-                       "added_ms": None if age is None or before is None else age - before})
-        before = before if age is None else age
+        age = None if mark is None or clock_ms is None else clock_ms - mark
+        # Stages are not always in order: the newest session may end after what histories are complete to.
+        added = None if age is None or oldest is None else max(0, age - oldest)
+        stages.append({"name": name, "watermark_ms": mark, "age_ms": age, "added_ms": added})
+        oldest = age if oldest is None or (age is not None and age > oldest) else oldest
     headline = stages[-1]["age_ms"]
-    within = None if headline is None else headline <= objective_s * 1000
+    objective = objective_s * 1000 * max(1.0, factor or 1.0)
     return {
         "stages": stages,
-        "clock_ms": clock,
+        "clock_ms": clock_ms,
         "wall_ms": wall_ms,
-        "mode": None if clock is None else "live" if clock == wall_ms else "log",
-        "objective_ms": objective_s * 1000,
+        "mode": None if clock_ms is None else "live" if live else "log",
+        "factor": factor,
+        "objective_ms": objective,
         "headline_ms": headline,
-        "within": within,
+        "within": None if headline is None else headline <= objective,
     }

@@ -4,21 +4,22 @@ from __future__ import annotations
 
 import asyncio
 import random
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import msgspec
 
 from onerec.dashboard.chain import chain
+from onerec.dashboard.drift import DriftView
 from onerec.dashboard.parts import Answer, Part, reason
 from onerec.dashboard.releases import ReleasesView
 from onerec.dashboard.replicas import Replica
 from onerec.dashboard.runs import RunView
 from onerec.dashboard.scrape import LagView
 from onerec.dashboard.state import StateView
-from onerec.monitor.settings import ClockMode
+from onerec.monitor.log_time import Clock, LogClock
+from onerec.monitor.settings import ClockMode, MonitorConfig
 
 USER_SECONDS = 5.0
 """How long the page waits for what is known of one user."""
@@ -35,7 +36,7 @@ class Sources(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Page:
-    """Parts by name, each asked apart from the others; `wall` gives epoch seconds."""
+    """Parts by name, each asked apart from the others."""
 
     def __init__(
         self,
@@ -43,27 +44,34 @@ class Page:
         *,
         mode: ClockMode = "auto",
         objective_s: float = 30.0,
-        psi: tuple[float, float] = (0.1, 0.25),
-        wall: Callable[[], float] = time.time,
+        watch: MonitorConfig | None = None,
+        titles: Mapping[str, str] | None = None,
+        clock: Clock | None = None,
         generator: random.Random | None = None,
     ) -> None:
-        self._sources, self._mode, self._objective_s, self._psi, self._wall = sources, mode, objective_s, psi, wall
+        watch = watch or MonitorConfig()
+        self._sources, self._objective_s, self._psi = sources, objective_s, (watch.psi_look, watch.psi_act)
+        self._clock = clock or Clock()
+        self._log = LogClock(mode, self._clock)
         self._generator = generator or random.Random()  # noqa: S311 - picks a user to look at
-        self._state = StateView(sources.state)
+        self._state = StateView(sources.state, titles or {})
         run = RunView(sources.run)
         releases = ReleasesView(sources.repository)
+        drift = DriftView(sources.run, self._state, sources.repository, watch)
         self._replicas = [Replica(server, sources.repository) for server in sources.servers]
         questions: dict[str, tuple[Callable[[], Any], float]] = {
             "stream": (self._state.progress, 1.0),
             "checkpoint": (run.checkpoint, 1.0),
             "training": (run.curves, 2.0),
             "ledger": (run.ledger, 1.0),
-            "drift": (run.drift, 2.0),
-            "releases": (releases.look, 1.0),
+            "drift": (drift.look, 5.0),
+            "releases": (lambda: releases.look(self._answered()), 1.0),
             "lag": (LagView(sources.run, sources.metrics).look, 1.0),
             **{f"replica {replica.address}": (replica.look, 1.0) for replica in self._replicas},
         }
-        self._parts = {name: Part(question, fresh_s=fresh, wall=wall) for name, (question, fresh) in questions.items()}
+        self._parts = {
+            name: Part(question, fresh_s=fresh, clock=self._clock.monotonic) for name, (question, fresh) in questions.items()
+        }
 
     def settings(self) -> dict[str, Any]:
         """What does not change while the page is served."""
@@ -92,6 +100,11 @@ class Page:
         return {"data": answer.data, "fault": answer.fault, "number": answer.number,
                 "waiting_s": int(waiting) if waiting is not None and waiting >= 1 else None}
 
+    def _answered(self) -> list[int]:
+        """Versions with which replicas answered last, ascending."""
+        answers = (self._parts[f"replica {replica.address}"].answer.data for replica in self._replicas)
+        return sorted({data["version"] for data in answers if data is not None})
+
     def _chain(self, answers: dict[str, Answer]) -> dict[str, Any]:
         def mark(part: str, key: str) -> int | None:
             data = answers[part].data
@@ -107,8 +120,11 @@ class Page:
             "exported": mark("releases", "watermark"),
             "loaded": min(loaded) if loaded and None not in loaded else None,
         }
-        return chain(marks, [data["watermark"] for data in answering], int(self._wall() * 1000), mode=self._mode,
-                     objective_s=self._objective_s)
+        newest = marks.get("event")
+        clock_ms = self._log.look(newest, stream.get("session_sequence", 0))
+        return chain(marks, [data["watermark"] for data in answering], clock_ms=clock_ms, live=self._log.live,
+                     factor=self._log.factor, wall_ms=self._clock.wall_ms(), objective_s=self._objective_s) | {
+                         "jumps": self._log.jumps}
 
     async def users(self, prefix: str) -> list[str]:
         """Ids to suggest. Raises OneRecError where there is no state."""

@@ -24,12 +24,11 @@ PATIENCE_SECONDS = 0.5
 class Answer(msgspec.Struct, frozen=True, kw_only=True):
     """What a part said last: `data`, or the `fault` why there is none; both None before the first answer.
 
-    `asked_ms` is wall-clock time; `number` grows with every answer that differs from the one before.
+    `number` grows with every answer that differs from the one before.
     """
 
     data: Any = None
     fault: str | None = None
-    asked_ms: int | None = None
     number: int = 0
 
 
@@ -40,13 +39,12 @@ def reason(error: BaseException) -> str:
 
 
 class Part:
-    """Asks `question` at most once in `fresh_s`, one at a time. `clock` gives monotonic seconds, `wall` epoch seconds."""
+    """Asks `question` at most once in `fresh_s`, one at a time. `clock` gives monotonic seconds."""
 
     def __init__(
-        self, question: Callable[[], Any], *, fresh_s: float = FRESH_SECONDS, clock: Callable[[], float] = time.monotonic,
-        wall: Callable[[], float] = time.time,
-    ) -> None:  # fmt: skip
-        self._question, self._fresh_s, self._clock, self._wall = question, fresh_s, clock, wall
+        self, question: Callable[[], Any], *, fresh_s: float = FRESH_SECONDS, clock: Callable[[], float] = time.monotonic
+    ) -> None:
+        self._question, self._fresh_s, self._clock = question, fresh_s, clock
         self._lock = threading.Lock()
         self._answer = Answer()
         self._began: float | None = None
@@ -82,10 +80,8 @@ class Part:
         except Exception as error:
             fault = reason(error)
         before = self._answer
-        same = (data, fault) == (before.data, before.fault) and before.asked_ms is not None
-        self._answer = Answer(
-            data=data, fault=fault, asked_ms=int(self._wall() * 1000), number=before.number if same else before.number + 1
-        )
+        same = before.number > 0 and (data, fault) == (before.data, before.fault)
+        self._answer = Answer(data=data, fault=fault, number=before.number if same else before.number + 1)
         with self._lock:
             self._began, self._ended = None, self._clock()
         coming.set_result(None)

@@ -1,4 +1,4 @@
-"""What the page asks of the model repository: its versions, why some are not served, and the newest one's lineage."""
+"""What the page asks of the model repository: its versions, what is held back, and the lineage of what answers."""
 
 from __future__ import annotations
 
@@ -7,11 +7,12 @@ from typing import Any, Final
 
 import msgspec
 
-from exporter.bundle import read_manifest
-from exporter.repository import Repository
+from exporter.lineage import lineage
+from exporter.release import status
 from onerec.errors import OneRecError, UserError
 
 VERSIONS_SHOWN: Final = 12
+HELD_SHOWN: Final = 5
 
 
 class ReleasesView:
@@ -19,32 +20,30 @@ class ReleasesView:
 
     def __init__(self, root: Path) -> None:
         self._root = root
-        self._repository = Repository(root)
 
-    def look(self) -> dict[str, Any]:
-        """Versions, newest first, and the manifest's facts of the newest. UserError where there is no repository."""
+    def look(self, answered: list[int]) -> dict[str, Any]:
+        """Versions, newest first, holds, and the lineage of the versions `answered` with, else of the newest.
+
+        Raises UserError where there is no repository.
+        """
         if not self._root.is_dir():
             raise UserError(f"repository {self._root}: there is none; `onerec publish --repository {self._root}` makes it")
-        versions = self._repository.versions()
-        infos = self._repository.infos()[:VERSIONS_SHOWN]
-        newest = versions[-1] if versions else None
-        lineage, fault = None, None
-        if newest is not None:
-            try:
-                lineage = self.lineage(newest)
-            except OneRecError as error:
-                fault = str(error)
+        found = status(self._root)
+        told = answered or ([] if found.serving is None else [found.serving])
         return {
-            "newest": newest,
-            "watermark": lineage["watermark"] if lineage else None,
-            "versions": msgspec.to_builtins(infos),
-            "lineage": lineage,
-            "lineage_fault": fault,
+            "newest": found.serving,
+            "watermark": found.manifest.watermark if found.manifest else None,
+            "unread": found.serving is not None and found.manifest is None,
+            "answers": bool(answered),
+            "lineages": [self._lineage(version) for version in told],
+            "versions": msgspec.to_builtins(found.versions[:VERSIONS_SHOWN]),
+            "held": msgspec.to_builtins(found.held[:HELD_SHOWN]),
+            "gate_failed": found.failed,
+            "hold": msgspec.to_builtins(found.hold),
         }
 
-    def lineage(self, version: int) -> dict[str, Any]:
-        """What a version was made of, as its manifest says."""
-        record: dict[str, Any] = msgspec.to_builtins(read_manifest(self._repository.folder(version)))
-        for bulky in ("files", "model_config", "reward"):
-            record.pop(bulky, None)
-        return record
+    def _lineage(self, version: int) -> dict[str, Any]:
+        try:
+            return {"version": version, "facts": lineage(self._root, version), "fault": None}
+        except OneRecError as error:
+            return {"version": version, "facts": None, "fault": str(error)}

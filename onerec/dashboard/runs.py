@@ -1,4 +1,4 @@
-"""What the page asks of a training run's folder: newest checkpoint, curves, versions first answered, drift."""
+"""What the page asks of a training run's folder: newest checkpoint, curves, versions first answered."""
 
 from __future__ import annotations
 
@@ -10,8 +10,9 @@ import msgspec
 
 from onerec.dashboard.curves import TrainingCurves
 from onerec.dashboard.tail import Tail
-from onerec.errors import UserError
-from trainer.checkpoint import STATE_FILE, checkpoint_folder, checkpoint_steps
+from onerec.errors import Failure, UserError
+from onerec.monitor.ledger import LEDGER_FILE
+from onerec.monitor.looks import RunLook
 from trainer.evaluate import Line
 
 LEDGER_LINES: Final = 400
@@ -22,22 +23,21 @@ class RunView:
 
     def __init__(self, run_dir: Path) -> None:
         self._run_dir = run_dir
+        self._look = RunLook(run_dir)
         self._metrics = Tail(run_dir / "metrics.jsonl")
         self._curves = TrainingCurves()
         self._decoder = msgspec.json.Decoder(Line)
-        self._ledger = Tail(run_dir / "freshness.jsonl")
+        self._ledger = Tail(run_dir / LEDGER_FILE)
         self._versions: deque[dict[str, Any]] = deque(maxlen=LEDGER_LINES)
 
     def checkpoint(self) -> dict[str, Any]:
         """Step, watermark and time of the newest checkpoint; all None before the first. UserError without the folder."""
         if not self._run_dir.is_dir():
             raise UserError(f"run {self._run_dir}: there is none; `onerec train --run {self._run_dir}` makes it")
-        steps = checkpoint_steps(self._run_dir)
-        if not steps:
-            return {"step": None, "watermark": None, "created_ms": None}
-        record = msgspec.json.decode((checkpoint_folder(self._run_dir, steps[-1]) / STATE_FILE).read_bytes())
-        return {"step": steps[-1], "watermark": record["watermark"], "created_ms": record["created_ms"],
-                "score": record.get("score")}
+        marks = self._look.look()
+        if self._look.fault:
+            raise Failure(self._look.fault)
+        return msgspec.to_builtins(marks)
 
     def curves(self) -> dict[str, Any] | None:
         """Hit rates and losses so far; None before the first step."""
@@ -58,10 +58,3 @@ class RunView:
             if isinstance(entry, dict):
                 self._versions.append(entry)
         return list(self._versions) or None
-
-    def drift(self) -> Any:
-        """What `onerec monitor` found last; None where it has not looked."""
-        try:
-            return msgspec.json.decode((self._run_dir / "drift.json").read_bytes())
-        except FileNotFoundError:
-            return None

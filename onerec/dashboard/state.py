@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections import Counter, deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from itertools import islice
 from pathlib import Path
@@ -12,84 +12,71 @@ from typing import Any, Final
 
 import msgspec
 
+from onerec.errors import Failure
+from onerec.monitor.looks import StateLook
 from streaming.changes import DeadLetter
-from streaming.rocks import database_path
 from streaming.store import Reader
 
 NEWEST_LETTERS: Final = 5
 LETTER_CHARACTERS: Final = 2_000
 """Of a refused line, which may be 1 MiB long."""
 LETTERS_A_LOOK: Final = 20_000
-RECENT_SESSIONS: Final = 400
 HISTORY_SHOWN: Final = 100
 SUGGESTIONS: Final = 10
 
 
 class StateView:
-    """A reader of one state, opened when there is one and anew when it was replaced; usable from several threads."""
+    """One state, and titles of items by id; usable from several threads."""
 
-    def __init__(self, state: Path) -> None:
-        self._state = state
+    def __init__(self, state: Path, titles: Mapping[str, str]) -> None:
+        self._titles = titles
+        self._look = StateLook(state)
         self._lock = threading.Lock()
-        self._reader: Reader | None = None
-        self._identity: bytes | None = None
-        self._forget_letters()
+        self._forget_letters(None)
 
-    def _forget_letters(self) -> None:
+    def _forget_letters(self, reader: Reader | None) -> None:
+        self._letters_of = reader
         self._letters_to = 0
         self._reasons: Counter[str] = Counter()
         self._newest: deque[tuple[int, DeadLetter]] = deque(maxlen=NEWEST_LETTERS)
 
     @contextmanager
-    def _open(self) -> Iterator[Reader]:
-        """The reader, caught up with the writer. Raises UserError or Failure where there is no state to read."""
+    def open(self) -> Iterator[Reader]:
+        """The reader, caught up with the writer. Raises Failure where there is no state to read."""
         with self._lock:
-            identity = _identity(self._state)
-            if self._reader is not None and identity != self._identity:
-                self._close()
+            self._look.look()
+            reader = self._look.reader
+            if reader is None:
+                raise Failure(self._look.fault)
             try:
-                if self._reader is None:
-                    self._reader, self._identity = Reader(self._state), identity
-                else:
-                    self._reader.refresh()
-                yield self._reader
+                yield reader
             except Exception:
                 # Whatever was wrong, the next look begins with a fresh instance.
-                self._close()
+                self._look.close()
                 raise
-
-    def _close(self) -> None:
-        if self._reader is not None:
-            reader, self._reader = self._reader, None
-            reader.close()
-        self._forget_letters()
 
     def close(self) -> None:
         """Lets go of the state."""
         with self._lock:
-            self._close()
+            self._look.close()
 
     def progress(self) -> dict[str, Any]:
         """Marks in epoch ms, counts over the whole log, and refused lines by reason with the newest few."""
-        with self._open() as reader:
-            progress = reader.progress()
-            last = progress.session_sequence
-            newest = next((session.end for _, session in reader.sessions(after=last - 1)), None) if last else None
-            event = None
-            if progress.watermark is not None:
-                event = progress.watermark + reader.semantics().stream.max_out_of_orderness_ms
+        with self.open() as reader:
+            marks = self._look.marks
+            assert marks.counters is not None
             return {
-                "marks": {"event": event, "history": progress.watermark, "session": newest},
-                "counters": msgspec.to_builtins(progress.counters),
-                "items": progress.item_sequence,
-                "session_sequence": last,
-                "dead_letters": self._dead_letters(reader, progress.counters.dead_letters),
+                "marks": {"event": marks.newest, "history": marks.watermark, "session": marks.session_end},
+                "counters": msgspec.to_builtins(marks.counters),
+                "items": marks.item_sequence,
+                "session_sequence": marks.sequence,
+                "dead_letters": self._dead_letters(reader, marks.counters.dead_letters),
             }
 
     def _dead_letters(self, reader: Reader, stored: int) -> dict[str, Any]:
         """Counts by reason. Letters that were mended leave the store, so then it is counted anew."""
-        if sum(self._reasons.values()) > stored:
-            self._forget_letters()
+        if reader is not self._letters_of or self._reasons.total() > stored:
+            self._forget_letters(reader)
         for number, letter in islice(reader.dead_letters(self._letters_to), LETTERS_A_LOOK):
             self._letters_to = number
             self._reasons[letter.reason] += 1
@@ -101,7 +88,7 @@ class StateView:
 
     def user(self, user_id: str) -> dict[str, Any]:
         """A user's history, newest first, with what is known of the items; `known` False for a user never seen."""
-        with self._open() as reader:
+        with self.open() as reader:
             history = reader.history(user_id)
             shown = (history or [])[::-1][:HISTORY_SHOWN]
             return {
@@ -112,14 +99,13 @@ class StateView:
 
     def items(self, item_ids: list[str]) -> list[dict[str, Any]]:
         """What is known of items; an item without a catalogue entry has its id alone."""
-        with self._open() as reader:
+        with self.open() as reader:
             return self._named(reader, item_ids)
 
-    @staticmethod
-    def _named(reader: Reader, item_ids: list[str]) -> list[dict[str, Any]]:
+    def _named(self, reader: Reader, item_ids: list[str]) -> list[dict[str, Any]]:
         found = []
         for item_id in item_ids:
-            entry: dict[str, Any] = {"item_id": item_id}
+            entry: dict[str, Any] = {"item_id": item_id, "title": self._titles.get(item_id)}
             record = reader.item(item_id)
             if record is not None:
                 entry |= {"tags": record.tags, "author_id": record.author_id, "duration_ms": record.duration_ms}
@@ -128,25 +114,15 @@ class StateView:
 
     def recent_users(self) -> list[str]:
         """Users of the newest sessions, newest first, each once."""
-        with self._open() as reader:
-            sessions = reader.sessions(after=max(0, reader.last_sequence() - RECENT_SESSIONS))
-            users = [session.user_id for _, session in islice(sessions, 2 * RECENT_SESSIONS)]
-        return list(dict.fromkeys(reversed(users)))
+        with self.open():
+            return self._look.recent_users()
 
     def suggestions(self, prefix: str) -> list[str]:
         """User ids that begin with `prefix`; without one, those of the newest sessions."""
         if not prefix:
             return self.recent_users()[:SUGGESTIONS]
-        with self._open() as reader:
+        with self.open() as reader:
             return [user_id for user_id, _ in islice(reader.users(prefix), SUGGESTIONS)]
-
-
-def _identity(state: Path) -> bytes | None:
-    """RocksDB's name for the database: another one means that the state was made anew."""
-    try:
-        return (database_path(state) / "IDENTITY").read_bytes()
-    except OSError:
-        return None
 
 
 def _letter(number: int, letter: DeadLetter) -> dict[str, Any]:

@@ -7,6 +7,15 @@ const ROWS = 60;
 const DASHES = [[], [6, 4], [2, 3], [10, 3, 2, 3], [8, 2], [1, 2]];
 const charts = new Set();
 
+const MONTHS = ["Jan", "Feb", "Mar", "Apr", "May", "Jun", "Jul", "Aug", "Sep", "Oct", "Nov", "Dec"];
+
+// A tick of a time axis: the day at midnight, else the time of day; UTC.
+function clock(seconds, every) {
+  const d = new Date(seconds * 1000), iso = d.toISOString();
+  if (every >= 86400 || seconds % 86400 === 0) return `${MONTHS[d.getUTCMonth()]} ${d.getUTCDate()}`;
+  return iso.slice(11, every < 60 ? 19 : 16);
+}
+
 const css = (name) => getComputedStyle(document.documentElement).getPropertyValue(name).trim();
 
 export class Chart {
@@ -89,7 +98,7 @@ export class Chart {
       width, height: HEIGHT, padding: [8, 8, 0, 0], legend: { show: false }, tzDate: (ts) => window.uPlot.tzDate(new Date(ts * 1e3), "Etc/UTC"),
       cursor: { y: false, points: { size: 6 }, drag: { x: false, y: false } },
       scales: { x: { time: Boolean(x.time) }, y: { range } },
-      axes: [{ ...axis, size: 34, space: 70 }, { ...axis, size: 58, values: (u, ticks) => ticks.map((v) => format(v)) }],
+      axes: [{ ...axis, size: 30, space: 64, values: (u, ticks) => ticks.map((v) => (x.time ? clock(v, ticks[1] - ticks[0]) : String(v))) }, { ...axis, size: 58, values: (u, ticks) => ticks.map((v) => format(v)) }],
       series: [{}, ...this.series.map((s, n) => ({
         label: s.name, stroke: css(`--c${n + 1}`), width: n === 0 ? 2.25 : 1.5, dash: DASHES[n % DASHES.length], spanGaps: true,
         points: { show: this.xs.length < 30, size: 5 },

@@ -51,8 +51,13 @@ export function scroll(label, content) {
   return h("div", { class: "scroll", tabindex: "0", role: "region", "aria-label": label }, content);
 }
 
-export function nothing(words, fault = null) {
-  return h("p", { class: fault ? "fault" : "nothing" }, fault ? h("strong", {}, `${words}: `) : words, fault ? text(fault, 400) : null);
+// Our own words, with commands between backticks.
+export function words(sentence) {
+  return sentence.split("`").map((part, i) => (i % 2 ? h("code", {}, part) : part));
+}
+
+export function nothing(sentence, fault = null) {
+  return h("p", { class: fault ? "fault" : "nothing" }, fault ? h("strong", {}, `${sentence}: `) : words(sentence), fault ? text(fault, 400) : null);
 }
 
 export function disclosure(key, summary, ...content) {

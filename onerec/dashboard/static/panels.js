@@ -1,5 +1,5 @@
 // One function for each panel: what the server told of a part → what is seen.
-import { $, disclosure, h, nothing, scroll, show, table, text } from "./dom.js";
+import { $, disclosure, h, nothing, scroll, show, table, text, words } from "./dom.js";
 import { NO_DATA, age, count, duration, number, percent, shortAge, time } from "./format.js";
 import { Chart } from "./charts.js";
 
@@ -48,7 +48,8 @@ export function headline(chain) {
   }
   const clock = chain.mode === "live" ? "wall clock (live)" : chain.mode === "log" ? "newest event (replay)" : NO_DATA;
   show($("clock-facts"), [["Ages against", clock], ["Log clock (UTC)", time(chain.clock_ms)], ["Wall clock (UTC)", time(chain.wall_ms)],
-    ...(chain.factor ? [["Pace", `${number(chain.factor, 1)} s of log a second`]] : [])]
+    ...(chain.mode === "log" ? [["Pace", chain.factor === null ? NO_DATA : `${number(chain.factor, 1)} s of log a second`]] : []),
+    ...(chain.jumps ? [["Jumps of the wall clock", count(chain.jumps)]] : [])]
     .map(([name, value]) => h("div", {}, h("dt", {}, name), h("dd", {}, value))));
   document.title = `${age(chain.headline_ms)} · onerec freshness`;
 }
@@ -81,7 +82,7 @@ export function chain(data, parts) {
     const goal = h("span", { class: "goal" });
     goal.style.insetInlineStart = at(data.objective_ms);
     track.append(goal);
-    const added = stage.added_ms === null || stage.name === "event" ? "" : `${stage.added_ms < 0 ? "" : "+"}${age(stage.added_ms)}`;
+    const added = stage.added_ms === null || stage.name === "event" ? "" : stage.added_ms === 0 ? "" : `+${age(stage.added_ms)}`;
     return h("li", { class: known ? (stage.age_ms < 0 ? "negative" : null) : "unknown" },
       h("span", { class: "stage" }, name, h("small", {}, meaning)), track,
       h("span", { class: "age" }, age(stage.age_ms)), h("span", { class: "add" }, h("span", { class: "hidden" }, added ? "; this hand-off adds " : ""), added));
@@ -95,6 +96,7 @@ export function chain(data, parts) {
   const goal = h("span", { class: "goal-name" }, `objective ${shortAge(data.objective_ms)}`);
   goal.style.insetInlineStart = at(data.objective_ms);
   if (data.objective_ms / limit > 0.75) goal.classList.add("left");
+  if (data.objective_ms / limit < 0.15) goal.classList.add("right");
   show($("axis"), h("div", {}, ticks, goal));
   const faults = [["state", parts.stream], ["run", parts.checkpoint], ["repository", parts.releases]]
     .filter(([, part]) => part?.fault).map(([name, part]) => h("span", { class: "fault" }, h("strong", {}, `${name}: `), text(part.fault, 400)));
@@ -119,7 +121,7 @@ export function replicas(list, clock) {
 }
 
 const LINEAGE = {
-  version: "Version", step: "Training step", watermark: "Learnt up to (UTC)", sequence: "Last session of the log", item_sequence: "Last item record",
+  step: "Training step", watermark: "Learnt up to (UTC)", sequence: "Last session of the log", item_sequence: "Last item record",
   source: "Log position", codebook_version: "Codebook", catalogue_revision: "Catalogue", items: "Items", leaves: "Semantic IDs",
   config_sha256: "Configuration", code_version: "Code", gate: "Gate", reason: "Reason", created_ms: "Built (UTC)",
   checkpoint_created_ms: "Checkpoint (UTC)", width: "Beams", parity: "Parity", format: "Format",
@@ -134,18 +136,27 @@ function nested(value) {
 
 const wrap = (value) => (typeof value === "string" ? text(value) : value);
 
+const FIRST_FACTS = ["step", "watermark", "sequence", "source", "items", "codebook_version", "config_sha256", "code_version", "gate", "reason", "created_ms"];
+
+function lineageFacts(facts_) {
+  const told = (name) => (/_ms$|^watermark$/.test(name) && typeof facts_[name] === "number" ? time(facts_[name]) : wrap(nested(facts_[name])));
+  const known = (name) => facts_[name] !== null && facts_[name] !== undefined && facts_[name] !== "";
+  const label = (name) => LINEAGE[name] ?? name.replaceAll("_", " ");
+  const first = FIRST_FACTS.filter((name) => name in facts_);
+  const rest = Object.keys(facts_).filter((name) => !first.includes(name) && name !== "version" && known(name));
+  const missing = first.filter((name) => !known(name));
+  return [facts(first.filter(known).map((name) => [label(name), told(name)])),
+    missing.length ? h("p", { class: "note missing" }, `No data: ${missing.map((name) => label(name).toLowerCase()).join(", ")}.`) : null,
+    rest.length ? disclosure(`more ${facts_.version}`, "More", facts(rest.map((name) => [label(name), told(name)]))) : null];
+}
+
 export function lineage(part) {
-  const note = $("lineage-note");
-  const d = part.data?.lineage;
-  note.textContent = d ? `of version ${d.version}, the newest` : "";
-  if (!d) return show($("lineage"), waiting(part), nothing(part.fault ? "Repository" : part.data?.lineage_fault ? "Manifest" : NO_DATA, part.fault ?? part.data?.lineage_fault ?? null));
-  const known = Object.keys(LINEAGE).filter((name) => name in d);
-  const others = Object.keys(d).filter((name) => !(name in LINEAGE));
-  const told = (name) => (/_ms$|^watermark$/.test(name) && typeof d[name] === "number" ? time(d[name]) : wrap(nested(d[name])));
-  const first = known.filter((name) => !["width", "parity", "format", "leaves", "catalogue_revision"].includes(name));
-  const rest = [...known.filter((name) => !first.includes(name)), ...others];
-  show($("lineage"), facts(first.map((name) => [LINEAGE[name], told(name)])),
-    rest.length ? disclosure("lineage-more", "More", facts(rest.map((name) => [LINEAGE[name] ?? name.replaceAll("_", " "), told(name)]))) : null);
+  const d = part.data;
+  $("lineage-note").textContent = d?.lineages.length ? (d.answers ? "of what answers now" : "of the newest version; nobody answers") : "";
+  if (!d) return show($("lineage"), waiting(part), nothing("Repository", part.fault ?? "not asked yet"));
+  if (!d.lineages.length) return show($("lineage"), nothing("No data: nothing has been published yet."));
+  show($("lineage"), d.lineages.map((each) => h("section", { class: "version" }, h("h3", {}, `Version ${each.version}`),
+    each.facts ? lineageFacts(each.facts) : nothing("Manifest", each.fault))));
 }
 
 export function releases(part) {
@@ -153,12 +164,14 @@ export function releases(part) {
   if (!d) return show($("versions"), waiting(part), nothing("Repository", part.fault ?? "not asked yet"));
   if (!d.versions.length && !d.held?.length) return show($("versions"), nothing("Nothing has been published yet."));
   show($("versions"),
-    d.hold ? h("p", { class: "warning" }, h("strong", {}, "Publishing is on hold: "), text(d.hold.reason ?? "", 300), " `onerec promote` goes on.") : null,
+    d.hold ? h("p", { class: "warning" }, h("strong", {}, "Publishing is on hold: "), text(d.hold.reason ?? "", 300), " ", words("`onerec promote` lifts it.")) : null,
+    d.gate_failed ? h("p", { class: "warning" }, h("strong", {}, "Gate failed: "), "the newest candidate was held back.") : null,
+    d.unread ? h("p", { class: "warning" }, "The newest version's manifest cannot be read.") : null,
     scroll("Releases", table("Versions, newest first", ["Version", "State", "Step", "Learnt up to (UTC)"], d.versions.map((each) => [
-      `${each.version}`, h("span", { class: `badge ${each.state.replaceAll(" ", "-")}` }, each.state), plain(each.step), time(each.watermark)]), { numeric: [0, 2] })),
+      `${each.version}`, h("span", { class: `badge ${each.state.replaceAll(" ", "-")}` }, each.state), plain(each.step), time(each.watermark)]), { numeric: [2] })),
     h("ul", { class: "reasons" }, d.versions.filter((each) => each.reason).map((each) => h("li", {}, h("strong", {}, `${each.version}: `), text(each.reason, 200)))),
     (d.held ?? []).length ? disclosure("held", `Held back by the gate: ${d.held.length}`, h("ul", { class: "reasons" }, d.held.map((each) =>
-      h("li", {}, h("strong", {}, `${plain(each.version)}: `), wrap(nested(each)))))) : null);
+      h("li", {}, h("strong", {}, `${each.version}: `), text(each.reason, 200), each.scores ? wrap(nested(each.scores)) : null)))) : null);
 }
 
 const made = {};
@@ -226,7 +239,7 @@ export function drift(part, settings) {
     const [state, word] = grade(value);
     return [text(name.replaceAll("_", " "), 60), number(value), h("span", { class: `state ${state}` }, word)];
   }), { numeric: [1] }),
-  facts([["Unseen items", percent(d.unseen_item_share)], ...("at_ms" in d ? [["Looked (UTC)", time(d.at_ms)]] : [])]),
+  facts([["Unseen items", percent(d.unseen)], ["Sessions compared", count(d.sessions)]]),
   h("p", { class: "note" }, `Worth a look from ${settings.psi_look}, an alert from ${settings.psi_act}.`));
 }
 
