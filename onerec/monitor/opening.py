@@ -31,9 +31,9 @@ def linger(metrics: Metrics, config: Config) -> None:
     """
     if not config.metrics.linger or metrics.address is None:
         return
-    err.print(
-        f"{metrics.process}: done; its metrics stay on http://{metrics.address}/metrics until they are read once, or Ctrl-C",
-        highlight=False, soft_wrap=True,
-    )
     with stopping() as stop:
+        err.print(
+            f"{metrics.process}: done; its metrics stay on http://{metrics.address}/metrics until read once, or Ctrl-C",
+            highlight=False, soft_wrap=True,
+        )
         metrics.wait_for_scrape(lambda: bool(stop))
