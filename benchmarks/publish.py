@@ -27,7 +27,8 @@ from rich.console import Console
 from rich.table import Table
 
 from exporter.client import Client
-from exporter.publish import load_repository, publish
+from exporter.publish import load_repository
+from exporter.publisher import publish
 from exporter.repository import Repository
 from exporter.server import TritonServer
 from exporter.triton_config import RecommendConfig

@@ -13,12 +13,14 @@ No torch in here: the serving host imports this module too.
 from __future__ import annotations
 
 import ast
+import functools
 import hashlib
 import importlib.util
 import os
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import msgspec
 import numpy as np
@@ -29,9 +31,9 @@ from onerec.errors import Failure, UserError
 from onerec.files import sha256_of, sync_path
 from trainer.config import ModelConfig, RewardConfig, RewardModelConfig
 
-FORMAT = 2
-READABLE = (1, 2)
-"""A version is served by its own copy of the modules, so one of format 1, which knows no reward model, serves on."""
+FORMAT = 3
+READABLE = (1, 2, 3)
+"""A version is served by its own copy of the modules, so older ones serve on: 1 knows no reward model, 2 no lineage."""
 MANIFEST_FILE = "manifest.json"
 CATALOGUE_FILE = "catalogue.npz"
 TAGS_FILE = "tags.json"
@@ -95,10 +97,31 @@ class RewardPart(msgspec.Struct, frozen=True, kw_only=True):
     parity: RewardParity
 
 
+class GateScores(msgspec.Struct, frozen=True, kw_only=True):
+    """What the release gate found. Losses are nats a code, mean over `windows` of the newest `sessions`, of which neither
+    version has learnt `unseen`; None where there was nothing to score. `answers` were checked, `latency_ms` is their median.
+    """
+
+    candidate: float | None = None
+    served: float | None = None
+    served_version: int | None = None
+    sessions: int = 0
+    windows: int = 0
+    unseen: int = 0
+    answers: int = 0
+    latency_ms: float | None = None
+    passed: bool = True
+
+
 class Manifest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """What a bundle says of itself. `watermark` is event time in ms learnt up to, None before the first session;
-    `items` and `leaves` count the catalogue and its distinct tuples; `created_ms` is wall-clock time; `reward` is None
-    in a version without a reward model.
+    `items` and `leaves` count the catalogue and its distinct tuples; `created_ms` is wall-clock time; `parity` is None in
+    a candidate that failed it; `reward` is None in a version without a reward model.
+
+    Lineage, None where not known: last session (`sequence`) learnt and last item record (`item_sequence`) known of the
+    state, positions of the log then (`source`: name → position), time of the checkpoint, hash of the run's configuration,
+    code that trained (`code_version`) and code that exported, the version `before`, when these weights first became a
+    version (`brought_ms`, where that was another one), the gate's scores; why it was promoted (`reason`), from which one.
     """
 
     version: int
@@ -111,10 +134,34 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     model_config: ModelConfig
     width: int
     created_ms: int
-    parity: Parity
+    parity: Parity | None
     files: dict[str, FileEntry]
     reward: RewardPart | None = None
+    sequence: int | None = None
+    item_sequence: int | None = None
+    checkpoint_created_ms: int | None = None
+    source: dict[str, Any] | None = None
+    config_sha256: str | None = None
+    code_version: str | None = None
+    exported_by: str | None = None
+    before: int | None = None
+    brought_ms: int | None = None
+    gate: GateScores | None = None
+    reason: str | None = None
+    promoted_from: int | None = None
     format: int = FORMAT
+
+    @property
+    def weights_ms(self) -> int:
+        """When the first version with these weights was made, wall clock."""
+        return self.brought_ms or self.created_ms
+
+    @property
+    def weights(self) -> str:
+        """Name of graph and weights together: equal in versions that differ in their catalogue only."""
+        parts = [(name, entry.sha256) for name, entry in sorted(self.files.items())
+                 if name.startswith((f"{GRAPH_FOLDER}/", f"{REWARD_FOLDER}/"))]  # fmt: skip
+        return hashlib.sha256(msgspec.json.encode(parts)).hexdigest()
 
 
 class Snapshot(msgspec.Struct, frozen=True, kw_only=True):
@@ -254,15 +301,23 @@ def runtime_modules() -> dict[str, Path]:
     return found
 
 
-def copy_runtime(folder: Path) -> None:
-    """Lay the Python backend's entry and the modules it needs into a bundle: it depends on no installed copy of them."""
+@functools.cache
+def _runtime_files() -> dict[str, Path]:
+    """Relative name in a bundle → source, of the entry and of the modules that it needs. Found once a process."""
+    files = {ENTRY_FILE: source_file("serving_config.recommend").parent / "model.py"}
     for name, source in runtime_modules().items():
         parts = name.split(".")
         relative = Path(*parts, "__init__.py") if source.name == "__init__.py" else Path(*parts).with_suffix(".py")
-        target = folder / LIBRARY_FOLDER / relative
+        files[f"{LIBRARY_FOLDER}/{relative.as_posix()}"] = source
+    return files
+
+
+def copy_runtime(folder: Path) -> None:
+    """Lay the Python backend's entry and the modules it needs into a bundle: it depends on no installed copy of them."""
+    for relative, source in _runtime_files().items():
+        target = folder / relative
         target.parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(source, target)
-    shutil.copyfile(source_file("serving_config.recommend").parent / "model.py", folder / ENTRY_FILE)
     # A file where Python would put bytecode of the entry: a folder made there later would change the version's time
     # stamp, and Triton would load the version anew at the next publish.
     (folder / "__pycache__").touch()
@@ -274,6 +329,22 @@ def link(source: Path, target: Path) -> None:
         os.link(source, target)
     except OSError:
         shutil.copyfile(source, target)
+
+
+def link_sealed(base: Path, manifest: Manifest, folder: Path) -> dict[str, FileEntry]:
+    """Give `folder` graph and weights of the sealed bundle `base` as second names of its files, and the modules of now.
+
+    Returns the digests of the linked files, which are not read again.
+    """
+    linked = {}
+    for name, entry in manifest.files.items():
+        if name.startswith((f"{GRAPH_FOLDER}/", f"{REWARD_FOLDER}/")):
+            target = folder / name
+            target.parent.mkdir(parents=True, exist_ok=True)
+            link(base / name, target)
+            linked[name] = entry
+    copy_runtime(folder)
+    return linked
 
 
 def _digest(path: Path) -> FileEntry:
@@ -289,9 +360,10 @@ def bundle_files(folder: Path) -> list[str]:
     )
 
 
-def digest_files(folder: Path) -> dict[str, FileEntry]:
-    """sha256 and size of every file of a bundle."""
-    return {name: _digest(folder / name) for name in bundle_files(folder)}
+def digest_files(folder: Path, known: Mapping[str, FileEntry] | None = None) -> dict[str, FileEntry]:
+    """sha256 and size of every file of a bundle; those of `known` are taken from there."""
+    known = known or {}
+    return {name: known.get(name) or _digest(folder / name) for name in bundle_files(folder)}
 
 
 def sync_tree(folder: Path) -> None:

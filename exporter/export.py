@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import msgspec
 import numpy as np
@@ -18,15 +18,18 @@ from numpy.typing import NDArray
 
 from exporter import bundle
 from exporter.bundle import GRAPH_FOLDER, REWARD_FOLDER, Manifest, RewardPart, Snapshot
+from exporter.release import HeldBack
 from exporter.steps import Report, silent, timed
 from onerec.errors import UserError
+from onerec.versions import code_version
 from trainer.config import BeamConfig, RewardConfig
 
 if TYPE_CHECKING:
+    import torch
     from torch import Tensor
 
     from exporter.tracing import GraphPlan
-    from serving_config.recommend.engine import Beams
+    from serving_config.recommend.engine import Beams, Graph
     from trainer.checkpoint import Checkpoint
     from trainer.items import Catalogue
     from trainer.model import OneRec
@@ -67,18 +70,36 @@ def state_of_run(run_dir: Path) -> Path:
         raise UserError(f"{run_dir}/run.json is damaged; name the state by --state DIR") from None
 
 
+class Built(NamedTuple):
+    """A sealed bundle, a request to try it with, and what was opened for it."""
+
+    manifest: Manifest
+    expected: Expected
+    snapshot: Snapshot
+    graph: Graph
+
+
+Catalogues = Callable[["Checkpoint"], "Catalogue"]
+"""The newest catalogue of a checkpoint's codebook."""
+
+
 def build_bundle(
     folder: Path,
     version: int,
     export: Export,
     templates: Path,
     *,
+    catalogue_of: Catalogues | None = None,
     now: Callable[[], float] = time.time,
     report: Report = silent,
-) -> tuple[Manifest, Expected]:
-    """Fill `folder` with a sealed bundle whose graph was checked against torch; also a request to try it with."""
+) -> Built:
+    """Fill `folder` with a sealed bundle whose graph was checked against torch; also a request to try it with.
+
+    `catalogue_of`: where the caller keeps the catalogue; None reads it from the state. Raises HeldBack, the bundle sealed,
+    for weights that are not finite and for a graph that does not answer as torch.
+    """
     from exporter.onnx_graph import search_plan
-    from exporter.parity import compare, parity_rows, torch_beams
+    from exporter.parity import ParityFault, compare, parity_rows, torch_beams
     from exporter.reward_graph import reward_plan, served_weights
     from serving_config.recommend.engine import Graph
 
@@ -87,7 +108,7 @@ def build_bundle(
         if reward_model is not None:
             bundle.check_reward(reward_model.config, checkpoint.model_config)
     with timed(report, "catalogue"):
-        catalogue = _catalogue(export, checkpoint)
+        catalogue = catalogue_of(checkpoint) if catalogue_of else _catalogue(export, checkpoint)
         snapshot = bundle.write_catalogue(folder, catalogue, checkpoint.model_config.codes)
         bundle.copy_runtime(folder)
     plan = search_plan(checkpoint.model_config, export.width)
@@ -95,16 +116,23 @@ def build_bundle(
     if reward_model is not None:
         plan = reward_plan(reward_model.config)
         _write_graph(plan, served_weights(reward_model), folder / REWARD_FOLDER, templates, report, name="reward ")
-    with timed(report, "parity"), ThreadPoolExecutor(1) as pool:
-        rows = parity_rows(snapshot, checkpoint.model_config)
-        histories = [snapshot.item_codes[row].astype(np.int64) for row in rows]
-        reference = pool.submit(torch_beams, model, snapshot, histories, export.width)
-        served = Graph(folder / GRAPH_FOLDER, snapshot.trie, threads=export.threads).search(histories)
-        parity = compare(reference.result(), served)
-        expected = _expected(snapshot, rows[-1], served)
-        reward = None
-        if reward_model is not None:
-            reward, expected = _check_rewards(reward_model, folder, export, snapshot, histories[-1], served, expected)
+    parity = reward = None
+    fault = _not_finite(model, reward_model)
+    if fault is None:
+        with timed(report, "parity"), ThreadPoolExecutor(1) as pool:
+            rows = parity_rows(snapshot, checkpoint.model_config)
+            histories = [snapshot.item_codes[row].astype(np.int64) for row in rows]
+            reference = pool.submit(torch_beams, model, snapshot, histories, export.width)
+            graph = Graph(folder / GRAPH_FOLDER, snapshot.trie, threads=export.threads)
+            served = graph.search(histories)
+            try:
+                parity = compare(reference.result(), served)
+                expected = _expected(snapshot, rows[-1], served)
+                if reward_model is not None:
+                    reward, expected = _check_rewards(
+                        reward_model, folder, export, snapshot, histories[-1], served, expected)
+            except ParityFault as error:
+                fault = str(error)
     with timed(report, "seal"):
         manifest = Manifest(
             version=version,
@@ -117,12 +145,30 @@ def build_bundle(
             model_config=checkpoint.model_config,
             width=export.width,
             created_ms=int(now() * 1000),
-            parity=parity,
+            parity=None if fault else parity,
             files=bundle.digest_files(folder),
             reward=reward,
+            sequence=checkpoint.cursor.sequence,
+            item_sequence=catalogue.last_item,
+            checkpoint_created_ms=checkpoint.created_ms,
+            source=checkpoint.source or None,
+            config_sha256=checkpoint.config_sha256,
+            code_version=checkpoint.code_version,
+            exported_by=code_version(),
         )
         bundle.write_manifest(folder, manifest)
-    return manifest, expected
+    if fault:
+        raise HeldBack(fault, manifest)
+    return Built(manifest, expected, snapshot, graph)
+
+
+def _not_finite(*models: torch.nn.Module | None) -> str | None:
+    """Says how many tensors of the models hold NaN or infinity; None where none does."""
+    import torch
+
+    tensors = {name: tensor for model in models if model is not None for name, tensor in model.state_dict().items()}
+    bad = [name for name, tensor in tensors.items() if not torch.isfinite(tensor).all()]
+    return f"weights are not finite: {len(bad)} of {len(tensors)} tensors, {bad[0]} first" if bad else None
 
 
 def _write_graph(
@@ -166,7 +212,7 @@ def _check_rewards(
 def export_bundle(out_dir: Path, export: Export, *, report: Report = silent) -> dict[str, Any]:
     """Write a bundle into a new folder, without a repository; its version is 0. Returns its manifest's main fields."""
     with _new_folder(out_dir) as folder:
-        manifest, _ = build_bundle(folder, 0, export, export.run_dir / "templates", report=report)
+        manifest = build_bundle(folder, 0, export, export.run_dir / "templates", report=report).manifest
         bundle.sync_tree(folder)
     return {"step": manifest.step, "items": manifest.items, "watermark": manifest.watermark}
 

@@ -27,6 +27,10 @@ REWARD_TOLERANCE = 1e-4
 """Largest difference between a reward, which lies between 0 and 1, of torch and of the graph."""
 
 
+class ParityFault(Failure):
+    """Torch and the graph do not agree."""
+
+
 def parity_rows(snapshot: Snapshot, config: ModelConfig) -> list[list[int]]:
     """Catalogue rows of the histories to compare by; the same for the same catalogue."""
     items = snapshot.trie.items
@@ -57,17 +61,17 @@ def torch_beams(
 def compare(reference: Beams, served: Beams) -> Parity:
     """Check that the graph finds torch's sessions in torch's order, equals within SCORE_TOLERANCE interchangeable.
 
-    Raises Failure naming the first difference.
+    Raises ParityFault naming the first difference.
     """
     sessions, largest = 0, 0.0
     for row in range(len(reference.leaves)):
         live = reference.leaves[row, :, 0] >= 0
         if not np.array_equal(live, served.leaves[row, :, 0] >= 0):
-            raise Failure(f"parity: torch finds {live.sum()} sessions for history {row}, the graph another number")
+            raise ParityFault(f"parity: torch finds {live.sum()} sessions for history {row}, the graph another number")
         scores = reference.scores[row, live].astype(np.float64)
         difference = np.abs(scores - served.scores[row, live])
         if not (difference <= SCORE_TOLERANCE).all():  # not `>`: NaN must not pass
-            raise Failure(f"parity: scores of history {row} differ by {difference.max():.2g} between torch and the graph")
+            raise ParityFault(f"parity: scores of history {row} differ by {difference.max():.2g} between torch and the graph")
         largest = max(largest, float(difference.max(initial=0.0)))
         gaps = np.abs(np.diff(scores))
         tied = np.append(gaps <= SCORE_TOLERANCE, True) | np.append(False, gaps <= SCORE_TOLERANCE)
@@ -75,7 +79,7 @@ def compare(reference: Beams, served: Beams) -> Parity:
         same = (reference.leaves[row, live] == served.leaves[row, live]).all(axis=1)
         if not (same | tied[: len(same)]).all():
             place = int(np.flatnonzero(~(same | tied[: len(same)]))[0])
-            raise Failure(f"parity: session {place + 1} of history {row} differs between torch and the graph")
+            raise ParityFault(f"parity: session {place + 1} of history {row} differs between torch and the graph")
         sessions += int(live.sum())
     return Parity(histories=len(reference.leaves), sessions=sessions, score_difference=largest)
 
@@ -94,10 +98,10 @@ def torch_rewards(
 
 
 def compare_rewards(reference: NDArray[np.float32], served: NDArray[np.float32]) -> RewardParity:
-    """Check that the graph gives torch's rewards [B, W, 4] within REWARD_TOLERANCE; raises Failure where not."""
+    """Check that the graph gives torch's rewards [B, W, 4] within REWARD_TOLERANCE; raises ParityFault where not."""
     difference = np.abs(reference - served)
     if not (difference <= REWARD_TOLERANCE).all():  # not `>`: NaN must not pass
-        raise Failure(f"parity: rewards differ by {difference.max():.2g} between torch and the graph")
+        raise ParityFault(f"parity: rewards differ by {difference.max():.2g} between torch and the graph")
     return RewardParity(
         histories=len(reference), sessions=reference.shape[1], difference=float(difference.max(initial=0.0))
     )

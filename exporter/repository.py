@@ -1,10 +1,11 @@
 """The Triton model repository on disk: versions, what was set aside, the lock, and the record of what happened.
 
     REPOSITORY/recommend/config.pbtxt, REPOSITORY/recommend/<version>/     what Triton reads
-    REPOSITORY/.onerec/{staging,rejected,templates}/, versions.jsonl, lock  what publishers keep
+    REPOSITORY/.onerec/{staging,rejected,held,templates}/, versions.jsonl, hold.json, first.json, lock, publisher
 
 The folders are the truth: Triton serves the two highest versions that are there. A version appears by one rename and
-goes by one rename, so a process killed at any moment leaves no half version.
+goes by one rename, so a process killed at any moment leaves no half version. Below `.onerec` lies what publishers keep;
+`lock` is held while something is changed, `publisher` as long as somebody publishes here.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ import os
 import shutil
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Literal
 
@@ -27,16 +28,23 @@ from onerec.errors import Failure, UserError
 from onerec.files import sync_path
 
 KEEP_VERSIONS = 3
+"""Versions of different weights that stay on disk, of each the newest; the served ones stay in any case."""
 KEEP_REJECTED = 3
+KEEP_HELD = 3
 KEEP_EVENTS = 1_000
 """Lines of versions.jsonl that stay when it is shortened, which happens at twice as many."""
 REASON_FILE = "reason.txt"
 
+What = Literal["published", "recovered", "rejected", "held", "promoted", "rolled back", "hold lifted"]
+
 
 class Event(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
-    """One line of versions.jsonl; `recovered`: complete on disk, but its publisher was killed before it said so."""
+    """One line of versions.jsonl; `recovered`: complete on disk, but its publisher was killed before it said so.
 
-    event: Literal["published", "recovered", "rejected", "rolled back"]
+    `promoted`: put in place by hand, with a reason; `hold lifted`: publishing goes on after a rollback, `version` serves.
+    """
+
+    event: What
     version: int
     at_ms: int
     step: int | None = None
@@ -48,7 +56,7 @@ class VersionInfo(msgspec.Struct, frozen=True, kw_only=True):
     """One line of `onerec versions`: `state` as the folders say; times in ms, None where not known."""
 
     version: int
-    state: Literal["serving", "previous", "kept", "rejected", "rolled back", "gone"]
+    state: Literal["serving", "previous", "kept", "held", "rejected", "rolled back", "gone"]
     step: int | None
     watermark: int | None
     created_ms: int | None
@@ -66,9 +74,13 @@ class Repository:
         private = root / ".onerec"
         self.staging = private / "staging"
         self.rejected = private / "rejected"
+        self.held = private / "held"
         self.templates = private / "templates"
         self._journal = private / "versions.jsonl"
         self._lock = private / "lock"
+        self._publisher = private / "publisher"
+        self.hold_file = private / "hold.json"
+        self.first_file = private / "first.json"
 
     def folder(self, version: int) -> Path:
         """REPOSITORY/recommend/<version>."""
@@ -76,14 +88,12 @@ class Repository:
 
     def versions(self) -> list[int]:
         """Versions on disk, ascending."""
-        if not self.model.is_dir():
-            return []
-        return sorted(int(entry.name) for entry in self.model.iterdir() if entry.is_dir() and entry.name.isdigit())
+        return _numbers(self.model)
 
     def next_version(self) -> int:
         """One more than any version ever used here, set aside ones included: a number means one bundle for good."""
-        rejected = [int(entry.name) for entry in _folders(self.rejected) if entry.name.isdigit()]
-        return 1 + max([0, *self.versions(), *rejected, *(event.version for event in self.events())])
+        aside = [*_numbers(self.rejected), *_numbers(self.held)]
+        return 1 + max([0, *self.versions(), *aside, *(event.version for event in self.events())])
 
     def events(self) -> list[Event]:
         """What happened here, oldest first; a line torn by a crash is left out."""
@@ -99,16 +109,26 @@ class Repository:
                 continue
         return found
 
-    @contextmanager
-    def lock(self, *, wait_seconds: float = 0.0) -> Iterator[None]:
-        """The one publisher at a time; released by the system when its process ends, however it ends.
+    def lock(self, *, wait_seconds: float = 0.0) -> AbstractContextManager[None]:
+        """The one process that changes the repository; released by the system when it ends, however it ends.
 
         Raises Failure naming the process that holds it, UserError where the repository cannot be written.
         """
+        return self._locked(self._lock, wait_seconds, "another publisher, or a server that starts, is at work")
+
+    def publisher(self) -> AbstractContextManager[None]:
+        """The one publisher, for as long as it lives; between two versions others may roll back and promote.
+
+        Raises as `lock` does.
+        """
+        return self._locked(self._publisher, 0.0, "another publisher is at work")
+
+    @contextmanager
+    def _locked(self, path: Path, wait_seconds: float, fault: str) -> Iterator[None]:
         with self.writing():
-            for folder in (self.staging, self.rejected, self.templates, self.model):
+            for folder in (self.staging, self.rejected, self.held, self.templates, self.model):
                 folder.mkdir(parents=True, exist_ok=True)
-            handle = os.open(self._lock, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+            handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
         try:
             deadline = time.monotonic() + wait_seconds
             while True:
@@ -119,8 +139,7 @@ class Repository:
                     if time.monotonic() >= deadline:
                         holder = os.pread(handle, 64, 0).decode(errors="replace").strip() or "unknown"
                         raise Failure(
-                            f"repository {self.root}: another publisher, or a server that starts, is at work "
-                            f"(process {holder}); try again when it is done"
+                            f"repository {self.root}: {fault} (process {holder}); try again when it is done"
                         ) from None
                     time.sleep(0.05)
             os.ftruncate(handle, 0)
@@ -151,8 +170,13 @@ class Repository:
 
     def clean_staging(self) -> None:
         """Remove what killed publishers left; only under the lock."""
-        for leftover in [*_folders(self.staging), *self.templates.glob(".*"), *self.templates.glob("*/.*")]:
+        for leftover in [*_entries(self.staging), *self.templates.glob(".*"), *self.templates.glob("*/.*")]:
             shutil.rmtree(leftover, ignore_errors=True)
+
+    @property
+    def configured(self) -> bool:
+        """Whether there is a config.pbtxt."""
+        return (self.model / "config.pbtxt").is_file()
 
     def write_config(self, config: RecommendConfig) -> None:
         """Write config.pbtxt where it differs; Triton reloads every version when it does, so not needlessly."""
@@ -173,10 +197,7 @@ class Repository:
             staged.rename(self.folder(version))
             sync_path(self.model)
 
-    def record(
-        self, event: Literal["published", "recovered", "rejected", "rolled back"], version: int, now: float,
-        manifest: Manifest | None, reason: str = "",
-    ) -> None:  # fmt: skip
+    def record(self, event: What, version: int, now: float, manifest: Manifest | None, reason: str = "") -> None:
         """Append a line to versions.jsonl and force it to the disk."""
         line = Event(
             event=event,
@@ -215,18 +236,37 @@ class Repository:
             self.folder(version).rename(target)
             sync_path(self.model)
             (target / REASON_FILE).write_text(reason + "\n", encoding="utf-8")
-        self.record(event, version, now, _manifest_or_none(target), reason)
-        numbers = sorted(int(entry.name) for entry in _folders(self.rejected) if entry.name.isdigit())
-        for old in numbers[:-KEEP_REJECTED]:
-            shutil.rmtree(self.rejected / str(old), ignore_errors=True)
+        self.record(event, version, now, manifest_or_none(target), reason)
+        _keep_newest(self.rejected, KEEP_REJECTED)
         return target
+
+    def hold_back(self, staged: Path, version: int, reason: str, now: float) -> Path:
+        """Keep a sealed candidate in .onerec/held instead of showing it to Triton; the newest few stay."""
+        target = self.held / str(version)
+        with self.writing():
+            sync_tree(staged)
+            shutil.rmtree(target, ignore_errors=True)
+            staged.rename(target)
+            sync_path(self.held)
+        self.record("held", version, now, manifest_or_none(target), reason)
+        _keep_newest(self.held, KEEP_HELD)
+        return target
+
+    def write_note(self, path: Path, content: bytes) -> None:
+        """Replace a small file below .onerec in one step, forced to the disk."""
+        with self.writing():
+            fresh = self.staging / path.name
+            fresh.write_bytes(content)
+            sync_path(fresh)
+            fresh.replace(path)
+            sync_path(path.parent)
 
     def recover(self, now: float) -> dict[int, str]:
         """Settle what a killed publisher left behind: staging goes, a version without a record is verified and
         recorded, or set aside. Only under the lock; returns the reasons by version set aside."""
         self.clean_staging()
         refused: dict[int, str] = {}
-        known = {event.version for event in self.events() if event.event in ("published", "recovered")}
+        known = {event.version for event in self.events() if event.event in ("published", "recovered", "promoted")}
         for version in self.versions():
             if version in known:
                 continue
@@ -240,12 +280,25 @@ class Repository:
         return refused
 
     def prune(self) -> None:
-        """Delete all but the newest versions; renamed away first, so that no half version is ever seen."""
+        """Delete old versions; renamed away first, so that no half version is ever seen.
+
+        The newest of each of the newest KEEP_VERSIONS weights stay, however many catalogues came since: there must be
+        other weights to roll back to.
+        """
+        versions = self.versions()
+        kept, weights = set(versions[-SERVED_VERSIONS:]), set[str]()
+        for version in reversed(versions):
+            manifest = manifest_or_none(self.folder(version))
+            name = manifest.weights if manifest else f"damaged {version}"
+            if name not in weights and len(weights) < KEEP_VERSIONS:
+                kept.add(version)
+            weights.add(name)
         with self.writing():
-            for version in self.versions()[:-KEEP_VERSIONS]:
-                doomed = self.staging / f"old-{version}"
-                self.folder(version).rename(doomed)
-                shutil.rmtree(doomed, ignore_errors=True)
+            for version in versions:
+                if version not in kept:
+                    doomed = self.staging / f"old-{version}"
+                    self.folder(version).rename(doomed)
+                    shutil.rmtree(doomed, ignore_errors=True)
 
     def infos(self) -> list[VersionInfo]:
         """Every version that is or was here, newest first."""
@@ -254,12 +307,13 @@ class Repository:
         found = []
         for version in sorted({*events, *present}, reverse=True):
             last = events.get(version)
-            folder = self.folder(version) if version in present else self.rejected / str(version)
-            manifest = _manifest_or_none(folder)
+            held = last is not None and last.event == "held"
+            aside = (self.held if held else self.rejected) / str(version)
+            manifest = manifest_or_none(self.folder(version) if version in present else aside)
             if version in present:
                 place = len(present) - 1 - present.index(version)
                 state = ("serving", "previous")[place] if place < SERVED_VERSIONS else "kept"
-            elif last and last.event in ("rejected", "rolled back"):
+            elif last and last.event in ("held", "rejected", "rolled back"):
                 state = last.event
             else:
                 state = "gone"
@@ -278,11 +332,24 @@ class Repository:
         return found
 
 
-def _folders(parent: Path) -> list[Path]:
-    return [entry for entry in parent.iterdir() if entry.is_dir()] if parent.is_dir() else []
+def _numbers(parent: Path) -> list[int]:
+    """Versions that lie in a folder, ascending."""
+    if not parent.is_dir():
+        return []
+    return sorted(int(entry.name) for entry in parent.iterdir() if entry.is_dir() and entry.name.isdigit())
 
 
-def _manifest_or_none(folder: Path) -> Manifest | None:
+def _entries(parent: Path) -> list[Path]:
+    return list(parent.iterdir()) if parent.is_dir() else []
+
+
+def _keep_newest(parent: Path, count: int) -> None:
+    for old in _numbers(parent)[:-count]:
+        shutil.rmtree(parent / str(old), ignore_errors=True)
+
+
+def manifest_or_none(folder: Path) -> Manifest | None:
+    """The manifest of a bundle; None where there is none that can be read."""
     try:
         return read_manifest(folder)
     except UserError:

@@ -19,8 +19,8 @@ app = typer.Typer(
 )
 
 COMMAND_MODULES = (
-    "simulate", "stream", "items", "train", "publish", "serve", "run", "status", "broker", "produce", "ingest", "worker",
-    "feed", "sampler", "sequences", "reinforce", "table", "evaluate", "reward", "dashboard",
+    "simulate", "stream", "items", "train", "publish", "releases", "serve", "run", "status", "broker", "produce", "ingest",
+    "worker", "feed", "sampler", "sequences", "reinforce", "table", "evaluate", "reward", "dashboard", "monitor",
 )
 """Modules of `onerec.commands`, in the order of `--help`; each has `register(app)`."""
 

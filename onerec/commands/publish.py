@@ -1,8 +1,7 @@
-"""`onerec export`, `publish`, `rollback` and `versions`: from a checkpoint to the version that Triton answers with."""
+"""`onerec export`, `publish` and `versions`: from a checkpoint to the version that Triton answers with."""
 
 from __future__ import annotations
 
-import datetime
 import sysconfig
 import time
 from pathlib import Path
@@ -15,6 +14,7 @@ from onerec.config import load_config
 from onerec.console import (
     ConfigOption,
     JsonOption,
+    MetricsPortOption,
     RepositoryOption,
     RunOption,
     SetOption,
@@ -22,10 +22,16 @@ from onerec.console import (
     out,
     print_json,
 )
-from onerec.freshness import format_age
+from onerec.errors import UserError
+from onerec.freshness import format_age, format_time
 
 if TYPE_CHECKING:
+    from exporter.bundle import GateScores
+    from exporter.export import Export
+    from exporter.publisher import Outcome, Publisher
     from exporter.repository import VersionInfo
+    from exporter.steps import Report
+    from onerec.config import Config
 
 ServerOption = Annotated[
     str | None,
@@ -43,6 +49,8 @@ CheckpointOption = Annotated[
 ]
 
 
+STATUS_SECONDS = 1.0
+"""Between two looks of `publish --follow` at what others have done to the repository."""
 TABLE_ROWS = 20
 """Newest versions that `onerec versions` shows; `--json` has all that the record still knows."""
 
@@ -51,7 +59,6 @@ def register(app: typer.Typer) -> None:
     """Add the commands to `app`."""
     app.command()(export)
     app.command()(publish)
-    app.command()(rollback)
     app.command()(versions)
 
 
@@ -74,6 +81,20 @@ def publish(
     server: ServerOption = None,
     state: RunStateOption = None,
     checkpoint: CheckpointOption = None,
+    follow: Annotated[
+        bool, typer.Option("--follow", help="Go on: every newer checkpoint, and items that arrive in between.")
+    ] = False,
+    every: Annotated[
+        float | None,
+        typer.Option(help="With --follow: least seconds between versions; default publish.every_s.", min=0,
+                     show_default=False),
+    ] = None,
+    items_every: Annotated[
+        float | None,
+        typer.Option(help="With --follow: least seconds between looks for new items; default publish.items_every_s.",
+                     min=0, show_default=False),
+    ] = None,
+    metrics_port: MetricsPortOption = None,
     config: ConfigOption = None,
     settings: SetOption = None,
     json: JsonOption = False,
@@ -81,28 +102,49 @@ def publish(
     """Make a version of the newest checkpoint and let Triton serve it.
 
     Weights go beside a graph that is traced once an architecture (about a minute, the first time only); the catalogue is
-    taken as it is now, new items included. The version is checked against torch, put in place by one rename, loaded while
-    the version before serves on, and asked. One that fails any of this is set aside with the reason; nothing that is
-    served changes then.
+    taken as it is now, new items included. The version is checked against torch and by the release gate (`[gate]`), put in
+    place by one rename, loaded while the version before serves on, and asked. One that fails any of this is held back or
+    set aside with the reason; nothing that is served changes then.
 
-    Example: `onerec publish --run run --repository repository --server 127.0.0.1:8001`
+    With --follow one process does so until SIGTERM: it waits for Triton and for the first checkpoint, outlives their
+    faults, and publishes new items with the served weights in between.
+
+    Examples:
+
+        onerec publish --run run --repository repository --server 127.0.0.1:8001
+
+        onerec publish --follow --run run --repository repository --server 127.0.0.1:8001
     """
-    from exporter.publish import publish as make
-    from exporter.repository import Repository
-    from exporter.triton_config import RecommendConfig
+    from exporter.export import Export
 
     configuration = load_config(config, settings)
-    serve = configuration.serve
-    seconds = _Seconds(quiet=json)
-    began = time.perf_counter()
-    version = make(
-        run,
+    export = Export(
+        run_dir=run, state=state, checkpoint=checkpoint, width=configuration.beam.width, reward=configuration.reward
+    )
+    if not follow:
+        if every is not None or items_every is not None:
+            raise UserError("publish: --every and --items-every belong to --follow; give it too, or leave them out")
+        _once(export, repository, server, configuration, metrics_port, json=json)
+        return
+    if checkpoint is not None:
+        raise UserError("publish: --checkpoint names one checkpoint, --follow takes each as it comes; give one of the two")
+    timing = configuration.publish
+    _follow(
+        export, repository, server, configuration, metrics_port, json=json,
+        every_s=timing.every_s if every is None else every,
+        items_every_s=timing.items_every_s if items_every is None else items_every,
+    )
+
+
+def _publisher(export: Export, repository: Path, server: str | None, settings: Config, report: Report) -> Publisher:
+    from exporter.publisher import Publisher
+    from exporter.triton_config import RecommendConfig
+
+    serve = settings.serve
+    return Publisher(
+        export,
         repository,
         server=server,
-        state=state,
-        checkpoint=checkpoint,
-        width=configuration.beam.width,
-        reward=configuration.reward,
         config=RecommendConfig(
             site_packages=sysconfig.get_path("purelib"),
             threads=serve.threads,
@@ -110,16 +152,120 @@ def publish(
             queue_delay_us=serve.queue_delay_us,
             max_queue_size=serve.max_queue_size,
         ),
-        report=seconds,
+        gate=settings.gate,
+        report=report,
     )
-    total = time.perf_counter() - began
-    info = next(entry for entry in Repository(repository).infos() if entry.version == version)
+
+
+def _once(
+    export: Export, repository: Path, server: str | None, settings: Config, port: int | None, *, json: bool
+) -> None:
+    from exporter.release import status
+    from exporter.repository import Repository
+    from onerec.monitor.of_publish import PublishMetrics
+    from onerec.monitor.opening import open_metrics
+
+    seconds = _Seconds(quiet=json)
+    began = time.perf_counter()
+    with (
+        open_metrics("publish", settings, port) as metrics,
+        _publisher(export, repository, server, settings, seconds) as publisher,
+        publisher.alone(),
+    ):
+        told = PublishMetrics(metrics, settings.freshness.clock)
+        first = status(repository).first
+        outcome = publisher.publish()
+        total = time.perf_counter() - began
+        told.outcome(outcome, publisher.event_times(outcome.sequences) if outcome.sequences else [], first)
+        told.status(status(repository))
+    info = next(entry for entry in Repository(repository).infos() if entry.version == outcome.version)
     if json:
-        print_json({**msgspec.to_builtins(info), "seconds": {**seconds, "total": total}})
+        print_json({**msgspec.to_builtins(info), "gate": msgspec.to_builtins(outcome.scores),
+                    "seconds": {**seconds, "total": total}})
         return
     where = f"answers at {server}" if server else "is in place; the next `onerec serve` answers with it"
-    out.print(f"version {version} (step {info.step}, {info.items} items, learnt up to {_when(info.watermark)}) {where}, "
-              f"{total:.1f} s", highlight=False, soft_wrap=True)
+    out.print(f"version {info.version} (step {info.step}, {info.items} items, learnt up to {format_time(info.watermark)}) "
+              f"{where}, {total:.1f} s{_scores(outcome.scores)}", highlight=False, soft_wrap=True)
+
+
+def _follow(
+    export: Export, repository: Path, server: str | None, settings: Config, port: int | None, *, every_s: float,
+    items_every_s: float, json: bool,
+) -> None:  # fmt: skip
+    from exporter.follow import Follower, Trouble
+    from exporter.release import status
+    from exporter.steps import silent
+    from onerec.monitor.of_publish import PublishMetrics
+    from onerec.monitor.opening import open_metrics
+    from onerec.signals import stopping
+
+    def say(line: str) -> None:
+        err.print(f"{time.strftime('%H:%M:%S')} {line}", highlight=False, markup=False, soft_wrap=True)
+
+    with (
+        open_metrics("publish", settings, port) as metrics,
+        _publisher(export, repository, server, settings, silent) as publisher,
+        stopping() as stop,
+    ):
+        figures = PublishMetrics(metrics, settings.freshness.clock, every_s)
+        began = status(repository)
+        figures.status(began)
+        first = began.first
+        looked = time.monotonic()
+
+        def tell(outcome: Outcome) -> None:
+            nonlocal first, looked
+            times = publisher.event_times(outcome.sequences) if outcome.sequences and first else []
+            figures.outcome(outcome, times, first)
+            now = status(repository)
+            first, looked = now.first, time.monotonic()
+            figures.status(now)
+            if json:
+                print_json({"outcome": outcome.kind, "items_only": outcome.items_only, "version": outcome.version,
+                            "step": outcome.manifest.step, "watermark": outcome.manifest.watermark,
+                            "items": outcome.manifest.items, "reason": outcome.reason,
+                            "gate": msgspec.to_builtins(outcome.scores), "seconds": outcome.seconds})
+            else:
+                say(_line(outcome))
+
+        def complain(trouble: Trouble | None) -> None:
+            if trouble is None:
+                say("publishing goes on")
+                return
+            if trouble.kind == "fault":
+                figures.failed()
+            say(trouble.text)
+
+        def each() -> None:
+            nonlocal looked
+            if time.monotonic() - looked >= STATUS_SECONDS:
+                looked = time.monotonic()
+                figures.status(status(repository))
+
+        Follower(
+            publisher, server=server, every_s=every_s, items_every_s=items_every_s, tell=tell, complain=complain,
+            stopped=lambda: bool(stop),
+        ).run(each)  # fmt: skip
+    say("stopped")
+
+
+def _line(outcome: Outcome) -> str:
+    """One line on what became of a candidate."""
+    manifest = outcome.manifest
+    if outcome.kind == "held":
+        return f"version {outcome.version} (step {manifest.step}) was held back: {outcome.reason}"
+    what = "new items only" if outcome.items_only else f"learnt up to {format_time(manifest.watermark)}"
+    return (
+        f"version {outcome.version} (step {manifest.step}, {manifest.items} items, {what}), "
+        f"{sum(outcome.seconds.values()):.1f} s{'' if outcome.items_only else _scores(outcome.scores)}"
+    )
+
+
+def _scores(scores: GateScores | None) -> str:
+    if scores is None or scores.candidate is None:
+        return ""
+    served = "" if scores.served is None else f", served {scores.served:.3f}"
+    return f"; loss {scores.candidate:.3f}{served} on {scores.sessions} sessions, {scores.unseen} of them learnt by neither"
 
 
 def export(
@@ -151,23 +297,6 @@ def export(
         print_json({"out": str(to), **manifest, "seconds": dict(seconds)})
         return
     out.print(f"{to}: step {manifest['step']}, {manifest['items']} items", highlight=False)
-
-
-def rollback(repository: RepositoryOption, server: ServerOption = None, json: JsonOption = False) -> None:
-    """Take the newest version back: the one before serves again, without a failed request.
-
-    The version taken back is kept in REPOSITORY/.onerec/rejected and its number is never used again.
-
-    Example: `onerec rollback --repository repository --server 127.0.0.1:8001`
-    """
-    from exporter.publish import rollback as go_back
-
-    left, served = go_back(repository, server=server)
-    if json:
-        print_json({"left": left, "serving": served})
-        return
-    where = f"answers at {server}" if server else "is the newest in place"
-    out.print(f"version {left} is taken back; version {served} {where}", highlight=False)
 
 
 def versions(repository: RepositoryOption, server: ServerOption = None, json: JsonOption = False) -> None:
@@ -211,16 +340,9 @@ def _print_table(infos: list[VersionInfo], loaded: dict[int, str] | None) -> Non
             info.state,
             *([loaded.get(info.version, "-")] if loaded is not None else []),
             "-" if info.step is None else str(info.step),
-            _when(info.watermark),
+            format_time(info.watermark),
             "-" if info.items is None else str(info.items),
             format_age(None if info.created_ms is None else now - info.created_ms),
             info.reason.partition("\n")[0],
         )
     out.print(table)
-
-
-def _when(ms: int | None) -> str:
-    """Event time in words."""
-    if ms is None:
-        return "no data"
-    return datetime.datetime.fromtimestamp(ms / 1000, datetime.UTC).strftime("%Y-%m-%d %H:%M")

@@ -67,5 +67,5 @@ class GateConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
     enabled: bool = True
     sessions: Count = 256
     worse: Share = 0.05
-    legal: Count = 16
+    legal: Count = 4
     latency_ms: Seconds = 1_000.0

@@ -13,7 +13,8 @@ import pytest
 from serving_helpers import builder, make_bundle, set_aside
 
 from exporter import bundle
-from exporter.publish import publish_bundle, rollback
+from exporter.override import rollback
+from exporter.publish import publish_bundle
 from exporter.repository import KEEP_EVENTS, KEEP_REJECTED, KEEP_VERSIONS, Repository
 from exporter.triton_config import RecommendConfig
 from onerec.errors import Failure, UserError
@@ -56,11 +57,11 @@ def test_a_build_that_fails_leaves_everything_as_it_was(repository: Path) -> Non
 
 def test_rollback_brings_the_version_before_and_never_reuses_a_number(repository: Path) -> None:
     publish_bundle(repository, builder())
-    assert rollback(repository) == (2, 1)
+    assert rollback(repository, reason="bad") == ([2], 1)
     assert states(repository) == {2: "rolled back", 1: "serving"}
     assert "rolled back to version 1" in set_aside(repository, 2)
     with pytest.raises(UserError, match="none before"):
-        rollback(repository)
+        rollback(repository, reason="bad")
     assert publish_bundle(repository, builder()) == 3
     assert states(repository) == {3: "serving", 2: "rolled back", 1: "previous"}
 
@@ -69,13 +70,13 @@ def test_a_damaged_version_before_is_no_place_to_go_back_to(repository: Path) ->
     publish_bundle(repository, builder())
     (repository / "recommend" / "1" / "catalogue.npz").write_bytes(b"no")
     with pytest.raises(UserError, match=r"catalogue\.npz is not what was published"):
-        rollback(repository)
+        rollback(repository, reason="bad")
     assert Repository(repository).versions() == [1, 2]
 
 
 def test_rollback_of_nothing_says_publish(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="publish first"):
-        rollback(tmp_path / "none")
+        rollback(tmp_path / "none", reason="bad")
 
 
 def test_what_a_killed_publisher_left_is_settled(repository: Path) -> None:
@@ -137,7 +138,7 @@ def test_a_second_publisher_is_told_who_is_at_work_and_a_killed_one_holds_nothin
             with pytest.raises(Failure, match=f"another publisher.* is at work .process {holder.pid}"):
                 publish_bundle(repository, builder())
             with pytest.raises(Failure, match="another publisher"):
-                rollback(repository)
+                rollback(repository, reason="bad", lock_seconds=0)
         finally:
             holder.kill()
     assert publish_bundle(repository, builder()) == 2

@@ -20,7 +20,8 @@ from serving_helpers import as_format_1, builder, expected_choice, expected_rewa
 
 from exporter import bundle
 from exporter.client import Client
-from exporter.publish import load_repository, publish_bundle, rollback
+from exporter.override import rollback
+from exporter.publish import load_repository, publish_bundle
 from exporter.repository import Repository
 from exporter.server import TritonServer
 from exporter.triton_config import RecommendConfig
@@ -101,7 +102,7 @@ def test_publish_and_rollback_under_load_fail_no_request(repository: Path) -> No
         for version in (2, 3, 4, 5):
             assert publish_bundle(repository, builder(), server=server.url) == version
             assert client.recommend(history=[]).model_version == version
-        assert rollback(repository, server=server.url) == (5, 4)
+        assert rollback(repository, reason="bad", server=server.url) == ([5], 4)
         assert client.recommend(history=[]).model_version == 4
         asking.wait_for(4)
         assert publish_bundle(repository, builder(), server=server.url) == 6
@@ -143,9 +144,9 @@ def test_a_reward_model_comes_and_goes_with_its_version_under_load(repository: P
             assert publish_bundle(repository, builder(), server=server.url) == 3
             with pytest.raises(UserError, match="without a reward model"):
                 client.recommend(history=[], select="reward")
-            assert rollback(repository, server=server.url) == (3, 2)
+            assert rollback(repository, reason="bad", server=server.url) == ([3], 2)
             assert client.recommend(history=[], select="reward").model_version == 2
-            assert rollback(repository, server=server.url) == (2, 1)
+            assert rollback(repository, reason="bad", server=server.url) == ([2], 1)
             asking.wait_for(1)
             assert client.recommend(history=[]).rewards is None
             assert publish_bundle(repository, builder(reward=weights), server=server.url) == 4
@@ -232,7 +233,7 @@ def test_nothing_is_published_to_a_server_that_is_down(repository: Path) -> None
     assert Repository(repository).versions() == [1]
     publish_bundle(repository, builder())
     with pytest.raises(Failure, match="nothing was rolled back"):
-        rollback(repository, server="127.0.0.1:9")
+        rollback(repository, reason="bad", server="127.0.0.1:9")
     assert Repository(repository).versions() == [1, 2]
 
 

@@ -21,7 +21,7 @@ from exporter.publish import load_repository
 from exporter.repository import Repository
 from exporter.server import TritonServer
 from onerec.cli import build
-from onerec.errors import OneRecError, UserError
+from onerec.errors import Failure, OneRecError, UserError
 from serving_config.recommend.engine import Engine, Sessions, Wanted
 from serving_config.recommend.graphs import pad
 from streaming.store import Reader
@@ -236,13 +236,17 @@ def test_wrong_questions_on_the_command_line_are_user_errors(world: World) -> No
 def test_versions_and_rollback_by_command(world: World) -> None:
     checkpoint(world.run, world.state, step=5, seed=5)
     version = world.publish()["version"]
-    left = json.loads(call("rollback", "--repository", world.repository, "--server", world.server.url, "--json"))
-    assert left == {"left": version, "serving": version - 1}
+    place = ["--repository", world.repository, "--server", world.server.url, "--json"]
+    left = json.loads(call("rollback", *place, "--reason", "bad"))
+    assert left == {"left": [version], "serving": version - 1}
     listed = json.loads(call("versions", "--repository", world.repository, "--server", world.server.url, "--json"))
     found = {entry["version"]: entry for entry in listed}
     assert found[version]["state"] == "rolled back" and found[version - 1]["state"] == "serving"
     assert found[version - 1]["triton"] == "READY" and found[version]["watermark"] == 5_000
     assert "rolled back" in call("versions", "--repository", world.repository)
+    with pytest.raises(Failure, match=r"on hold.*\(bad\).*onerec promote"):
+        world.publish()
+    call("promote", *place, "--reason", "mended")
     assert world.publish()["version"] == version + 1
 
 
