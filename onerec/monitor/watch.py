@@ -252,8 +252,8 @@ class Monitor:
             self._once(f"the news of version {version} cannot be read: {error}")
         began = self._began(ledger)
         if began is not None:
-            kept = times >= began
-            times, sequences, item_ms = times[kept], sequences[kept], item_ms[item_ms >= began]
+            kept = times > began
+            times, sequences, item_ms = times[kept], sequences[kept], item_ms[item_ms > began]
         self._on_news(News(replica=answer.replica, now_ms=now, event_ms=times, item_ms=item_ms))
         ages: dict[str, NDArray[np.float64]] = {
             "history": self._log.reached(times) - times,
