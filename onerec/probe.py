@@ -3,7 +3,8 @@ that is missing; what could not be asked is said in words instead."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple, TypeVar
 
@@ -36,13 +37,18 @@ class Mark(NamedTuple):
 
 
 class Findings(msgspec.Struct, frozen=True, kw_only=True):
-    """What was found: watermarks, the step and versions behind them, and why a part said nothing."""
+    """What was found: watermarks, the step and versions behind them, and why a part said nothing.
+
+    Of several servers `served` is what all that answer have learnt up to, and the version is that of the one behind;
+    `answers` has each server's own, an empty mark for one that does not answer.
+    """
 
     watermarks: Watermarks
     step: int | None
     exported_version: int | None
     served_version: int | None
     faults: tuple[str, ...]
+    answers: dict[str, Mark] = {}
 
 
 def stream_marks(state: Path) -> StreamMarks:
@@ -101,7 +107,13 @@ def served_mark(server: str) -> Mark:
         return Mark(answer.model_version, answer.watermark)
 
 
-def probe(state: Path | None, run: Path | None, repository: Path | None, server: str | None) -> Findings:
+def _least(marks: Iterable[Mark]) -> Mark:
+    """The mark of the server that has learnt least; one that answers and has learnt nothing is the least of all."""
+    known = [mark for mark in marks if mark.number is not None]
+    return min(known, key=lambda mark: (mark.watermark is not None, mark.watermark or 0), default=Mark())
+
+
+def probe(state: Path | None, run: Path | None, repository: Path | None, *servers: str | None) -> Findings:
     """Ask every part that is named."""
     faults: list[str] = []
 
@@ -115,7 +127,8 @@ def probe(state: Path | None, run: Path | None, repository: Path | None, server:
     stream = ask(lambda: stream_marks(state), StreamMarks()) if state else StreamMarks()
     trained = ask(lambda: trained_mark(run), Mark()) if run else Mark()
     exported = ask(lambda: exported_mark(repository), Mark()) if repository else Mark()
-    served = ask(lambda: served_mark(server), Mark()) if server else Mark()
+    answers = {server: ask(partial(served_mark, server), Mark()) for server in servers if server}
+    served = _least(answers.values())
     return Findings(
         watermarks=Watermarks(event=stream.event, history=stream.history, session=stream.session,
                               trained=trained.watermark, exported=exported.watermark, served=served.watermark),
@@ -123,4 +136,5 @@ def probe(state: Path | None, run: Path | None, repository: Path | None, server:
         exported_version=exported.number,
         served_version=served.number,
         faults=tuple(faults),
+        answers=answers,
     )
