@@ -162,7 +162,7 @@ def run(
     page_port = dashboard_port or _free_port() if dashboard else None
     own = RunMetrics()
     federation = None if metrics_port is None else Federation(
-        run_dir / "metrics", metrics_port, own=own.page, done=own.done,
+        run_dir / "metrics", metrics_port, host=configuration.metrics.host, own=own.page, done=own.done,
         triton=f"http://{ports.host}:{ports.metrics}/metrics" if ports else None)
     for folder in (run_dir, repository):
         try:
