@@ -187,15 +187,19 @@ class CheckpointMarks(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class _Cached:
-    """A look whose faults are kept in words."""
+    """A look at a folder whose faults are kept in words."""
 
     fault = ""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
 
     def _try(self, question: Callable[[], T], nothing: T) -> T:
         try:
             found = question()
         except FAULTS as error:
-            self.fault = str(error).partition("\n")[0]
+            text = str(error).partition("\n")[0]
+            self.fault = text if isinstance(error, OneRecError) else f"{self._folder}: {text}"
             return nothing
         self.fault = ""
         return found
@@ -205,6 +209,7 @@ class RunLook(_Cached):
     """The newest checkpoint of a run."""
 
     def __init__(self, run_dir: Path) -> None:
+        super().__init__(run_dir)
         self.run_dir = run_dir
         self.marks = CheckpointMarks()
 
@@ -229,6 +234,7 @@ class RepositoryLook(_Cached):
     """Versions of a repository, by number; a manifest never changes, so each is read once."""
 
     def __init__(self, root: Path) -> None:
+        super().__init__(root)
         self.root = root
         self.newest: Manifest | None = None
         self._manifests: dict[int, Manifest] = {}
