@@ -1,6 +1,8 @@
 """The demo: a log goes in, recommended sessions come out of a real Triton. Every command is printed before it runs.
 
 Usage: demo.py --onerec PATH [--events FILE [--items FILE] [--format NAME] [--set a.b=c …]] [--folder .demo] [--quick]
+
+It ends with a page to look at: in a terminal the page and Triton stay until Ctrl-C, elsewhere they are ended at once.
 """
 
 from __future__ import annotations
@@ -15,6 +17,7 @@ import subprocess
 import sys
 import time
 import urllib.request
+from contextlib import suppress
 from pathlib import Path
 
 SERVER_SECONDS = 90
@@ -23,9 +26,10 @@ SERVER_SECONDS = 90
 class Demo:
     """Runs `onerec` sub-commands, says what they are and how long they took."""
 
-    def __init__(self, onerec: str, log: Path) -> None:
+    def __init__(self, onerec: str, logs: Path) -> None:
         self.onerec = onerec
-        self.log = log
+        self.logs = logs
+        self.running: list[subprocess.Popen[bytes]] = []
         self.began = time.monotonic()
 
     def say(self, command: list[str]) -> None:
@@ -46,10 +50,32 @@ class Demo:
         return subprocess.run([self.onerec, *command], check=True, capture_output=True, text=True).stdout  # noqa: S603
 
     def start(self, *command: str) -> subprocess.Popen[bytes]:
-        """Start a command beside the demo; its output goes to the log."""
+        """Start a command beside the demo; its output goes to COMMAND.log. `stop` ends it."""
         self.say([*command, "&"])
-        with self.log.open("wb") as log:
-            return subprocess.Popen([self.onerec, *command], stdout=log, stderr=log, start_new_session=True)  # noqa: S603
+        with self.log_of(command[0]).open("wb") as log:
+            process = subprocess.Popen([self.onerec, *command], stdout=log, stderr=log, start_new_session=True)  # noqa: S603
+        self.running.append(process)
+        return process
+
+    def log_of(self, command: str) -> Path:
+        """Where a command beside the demo writes to."""
+        return self.logs / f"{command}.log"
+
+    def stop(self) -> None:
+        """End what was started, the newest first."""
+        while self.running:
+            end(self.running.pop())
+
+    def wait_for(self, url: str, process: subprocess.Popen[bytes], name: str) -> None:
+        """Until something answers there; ends the demo with the command's log when it does not."""
+        deadline = time.monotonic() + SERVER_SECONDS
+        while time.monotonic() < deadline and process.poll() is None:
+            try:
+                with urllib.request.urlopen(url, timeout=5):  # noqa: S310 - an address of our own
+                    return
+            except OSError:
+                time.sleep(0.2)
+        sys.exit(f"demo: `onerec {name}` did not come up:\n{self.log_of(name).read_text(errors='replace')}")
 
 
 def free_ports(count: int) -> list[int]:
@@ -63,27 +89,15 @@ def free_ports(count: int) -> list[int]:
     return ports
 
 
-def wait_for_model(port: int, server: subprocess.Popen[bytes], log: Path) -> None:
-    """Until the model answers on the HTTP port; ends the demo with the server's log when it does not come up."""
-    deadline = time.monotonic() + SERVER_SECONDS
-    while time.monotonic() < deadline and server.poll() is None:
+def end(process: subprocess.Popen[bytes]) -> None:
+    """End a command as Ctrl-C would."""
+    if process.poll() is None:
+        process.send_signal(signal.SIGINT)
         try:
-            with urllib.request.urlopen(f"http://127.0.0.1:{port}/v2/models/recommend/ready", timeout=5):
-                return
-        except OSError:
-            time.sleep(0.2)
-    sys.exit(f"demo: the server did not come up:\n{log.read_text(errors='replace')}")
-
-
-def stop(server: subprocess.Popen[bytes]) -> None:
-    """End the server as Ctrl-C would."""
-    if server.poll() is None:
-        server.send_signal(signal.SIGINT)
-        try:
-            server.wait(30)
+            process.wait(30)
         except subprocess.TimeoutExpired:
-            server.kill()
-            server.wait()
+            process.kill()
+            process.wait()
 
 
 def arguments() -> argparse.Namespace:
@@ -100,14 +114,14 @@ def arguments() -> argparse.Namespace:
 
 
 def main() -> None:
-    """simulate → replay → items → train → publish → serve → recommend → status."""
+    """simulate → replay → items → train → publish → serve → recommend → status → dashboard."""
     options = arguments()
     folder: Path = options.folder
     state, run, repository = (str(folder / name) for name in ("state", "run", "repository"))
     for path in (state, run, repository):
         shutil.rmtree(path, ignore_errors=True)
     folder.mkdir(parents=True, exist_ok=True)
-    demo = Demo(options.onerec, folder / "serve.log")
+    demo = Demo(options.onerec, folder)
     settings = [part for setting in options.settings for part in ("--set", setting)]
 
     events, items = options.events, options.items
@@ -122,23 +136,34 @@ def main() -> None:
     demo.run("train", "--state", state, "--run", run, "--preset", "tiny", "--set", "train.learning_rate=0.001", *settings)
     demo.run("publish", "--run", run, "--repository", repository, *settings)
 
-    http, grpc, metrics = free_ports(3)
+    http, grpc, metrics, page = free_ports(4)
     url = f"127.0.0.1:{grpc}"
-    server = demo.start("serve", "--repository", repository, "--state", state, "--http-port", str(http),
-                        "--grpc-port", str(grpc), "--metrics-port", str(metrics))
+    parts = ["--state", state, "--run", run, "--repository", repository, "--server", url]
     try:
-        wait_for_model(http, server, demo.log)
+        server = demo.start("serve", "--repository", repository, "--state", state, "--http-port", str(http),
+                            "--grpc-port", str(grpc), "--metrics-port", str(metrics))
+        demo.wait_for(f"http://127.0.0.1:{http}/v2/models/recommend/ready", server, "serve")
+        demo.start("monitor", *parts)
         histories = demo.ask("histories", "--state", state, "--limit", "100", "--json").splitlines()
         user = max(map(json.loads, histories), key=lambda line: len(line["items"]))["user_id"]
         demo.run("history", user, "--state", state)
         demo.run("recommend", user, "--count", "2", "--server", url, "--repository", repository, "--state", state)
         demo.run("recommend", user, "--count", "1", "--select", "reward", "--server", url, "--repository", repository,
                  "--state", state)
-        demo.run("status", "--state", state, "--run", run, "--repository", repository, "--server", url)
+        demo.run("status", *parts)
+        dashboard = demo.start("dashboard", *parts, "--port", str(page))
+        address = f"http://127.0.0.1:{page}/"
+        demo.wait_for(address, dashboard, "dashboard")
+        print(f"\nDemo done in {time.monotonic() - demo.began:.0f} s. Left for you: {state}, {run}, {repository}")
+        if sys.stdout.isatty():
+            print(f"The page to look at: {address} (until Ctrl-C)", flush=True)
+            with suppress(KeyboardInterrupt):
+                dashboard.wait()
     finally:
-        stop(server)
-    print(f"\nDemo done in {time.monotonic() - demo.began:.0f} s. Left for you: {state}, {run}, {repository}")
+        demo.stop()
     print(f"Serve it again: onerec serve --repository {repository} --state {state}")
+    print(f"The page to look at, then: onerec dashboard --state {state} --run {run} --repository {repository}")
+    print(f"  at http://127.0.0.1:8050/ (it was at {address} just now)")
 
 
 if __name__ == "__main__":
