@@ -11,7 +11,7 @@ Cell = dict[str, float]
 CELLS = 240
 POINTS = 48
 LEAST_SCORED = 100
-HOUR_MS = 3_600_000
+MINUTE_MS = 60_000
 RECOMMENDERS = ("onerec", "popularity", "covisitation")
 
 
@@ -52,7 +52,7 @@ class TrainingCurves:
     """The lines of RUN/metrics.jsonl as curves: hit rates by event time, losses by step."""
 
     def __init__(self, cells: int = CELLS) -> None:
-        self._hits = Curve(HOUR_MS, cells)
+        self._hits = Curve(MINUTE_MS, cells)
         self._losses = Curve(1, cells)
         self._totals: Cell = {}
         self._last: Line | None = None
@@ -101,7 +101,7 @@ class TrainingCurves:
         }
 
     def _scored(self) -> list[tuple[int, Cell]]:
-        """Cells of hits put together until each has enough windows: single hours of a small log say nothing.
+        """Cells of hits put together until each has enough windows: single minutes of a small log say nothing.
 
         A group that is still short at the end joins the one before.
         """

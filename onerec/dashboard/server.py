@@ -166,13 +166,17 @@ def bind(host: str, port: int) -> socket.socket:
     return found
 
 
-def serve(page: Page, listener: socket.socket, host: str) -> None:
-    """Serve until SIGINT or SIGTERM."""
-    server: uvicorn.Server
-
+def make(page: Page, host: str = "127.0.0.1") -> uvicorn.Server:
+    """The server; `should_exit` ends it, open streams included."""
     app = build(page, host, ended=lambda: server.should_exit)
     server = uvicorn.Server(uvicorn.Config(app, log_level="warning", access_log=False, server_header=False,
                                            timeout_graceful_shutdown=2, lifespan="off"))
+    return server
+
+
+def serve(page: Page, listener: socket.socket, host: str) -> None:
+    """Serve until SIGINT or SIGTERM."""
+    # uvicorn raises the signal again once it has ended well.
     with contextlib.suppress(KeyboardInterrupt):
-        server.run(sockets=[listener])
+        make(page, host).run(sockets=[listener])
     page.close()

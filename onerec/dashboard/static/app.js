@@ -15,7 +15,7 @@ const panel = (name, draw) => {
 function render(changed) {
   const p = parts, has = (...names) => names.some((name) => name in changed);
   if (!settings || !p.chain?.data) return;
-  if (has("chain")) panel("headline", () => panels.headline(p.chain.data));
+  if (has("chain")) { panel("headline", () => panels.headline(p.chain.data)); panel("course", () => panels.headlineCourse(p.chain.data)); }
   if (has("chain", "stream", "checkpoint", "releases")) panel("chain", () => panels.chain(p.chain.data, p));
   if (has("replicas", "chain")) panel("replicas", () => panels.replicas(p.replicas.data, p.chain.data.clock_ms));
   if (has("releases")) { panel("lineage", () => panels.lineage(p.releases)); panel("releases", () => panels.releases(p.releases)); }
@@ -99,7 +99,7 @@ async function showUser(id, { remember = true } = {}) {
     const answer = await ask(`/api/user?id=${encodeURIComponent(id)}`);
     if (mine !== asked) return;
     if (!answer.data) { status.textContent = answer.fault; $("sides").replaceChildren(); return; }
-    if (remember) status.textContent = "";
+    status.textContent = "";
     panel("user", () => panels.user(answer.data));
   } catch (error) {
     if (mine === asked) status.textContent = `The page's server does not answer (${error.message}).`;

@@ -3,6 +3,7 @@ import { h, table, scroll } from "./dom.js";
 import { NO_DATA } from "./format.js";
 
 const HEIGHT = 210;
+const DURATIONS = [0.1, 0.2, 0.5, 1, 2, 5, 10, 15, 20, 30, 60, 120, 300, 600, 900, 1800, 3600, 7200, 10800, 21600, 43200, 86400, 172800, 432000, 864000];
 const ROWS = 60;
 const DASHES = [[], [6, 4], [2, 3], [10, 3, 2, 3], [8, 2], [1, 2]];
 const charts = new Set();
@@ -19,9 +20,9 @@ function clock(seconds, every) {
 const css = (name) => getComputedStyle(document.documentElement).getPropertyValue(name).trim();
 
 export class Chart {
-  // `x`: {label, format, time}; `format`: of values; `line`: {value, label} drawn across (an objective).
-  constructor(parent, { label, x, format, line = null, zero = true }) {
-    this.options = { label, x, format, line, zero };
+  // `x`: {label, format, time}; `format`: of values; `line`: {value} drawn across, an objective; `durations`: y in seconds.
+  constructor(parent, { label, x, format, line = null, height = HEIGHT, durations = false }) {
+    this.options = { label, x, format, line, height, durations };
     this.canvas = h("div", { class: "plot", role: "img" });
     this.legend = h("ul", { class: "legend" });
     this.body = h("div", {});
@@ -71,13 +72,13 @@ export class Chart {
     this.plot = null;
     const width = this.canvas.clientWidth;
     if (!width || !this.xs) return;
-    const { x, format, line, zero } = this.options;
+    const { x, format, line, height, durations } = this.options;
     const ink = css("--soft"), grid = css("--grid"), font = `12px ${css("--font")}`;
     const axis = { stroke: ink, font, grid: { stroke: grid, width: 1 }, ticks: { stroke: grid, width: 1, size: 4 } };
     const range = (u, low, high) => {
       if (low === null || high === null) return [0, 1];
-      const floor = zero ? Math.min(0, low) : low, pad = (high - floor || Math.abs(high) || 1) * 0.06;
-      return [zero && floor === 0 ? 0 : floor - pad, high + pad];
+      const floor = Math.min(0, low), pad = (high - floor || 1) * 0.06;
+      return [floor === 0 ? 0 : floor - pad, high + pad];
     };
     const across = (u) => {
       if (!line || line.value === null) return;
@@ -95,10 +96,10 @@ export class Chart {
       c.restore();
     };
     this.plot = new window.uPlot({
-      width, height: HEIGHT, padding: [8, 8, 0, 0], legend: { show: false }, tzDate: (ts) => window.uPlot.tzDate(new Date(ts * 1e3), "Etc/UTC"),
+      width, height, padding: [8, 22, 0, 0], legend: { show: false }, tzDate: (ts) => window.uPlot.tzDate(new Date(ts * 1e3), "Etc/UTC"),
       cursor: { y: false, points: { size: 6 }, drag: { x: false, y: false } },
       scales: { x: { time: Boolean(x.time) }, y: { range } },
-      axes: [{ ...axis, size: 30, space: 64, values: (u, ticks) => ticks.map((v) => (x.time ? clock(v, ticks[1] - ticks[0]) : String(v))) }, { ...axis, size: 58, values: (u, ticks) => ticks.map((v) => format(v)) }],
+      axes: [{ ...axis, size: 30, space: 64, values: (u, ticks) => ticks.map((v) => (x.time ? clock(v, ticks[1] - ticks[0]) : String(v))) }, { ...axis, size: 64, space: 34, ...(durations ? { incrs: DURATIONS } : {}), values: (u, ticks) => ticks.map((v) => format(v)) }],
       series: [{}, ...this.series.map((s, n) => ({
         label: s.name, stroke: css(`--c${n + 1}`), width: n === 0 ? 2.25 : 1.5, dash: DASHES[n % DASHES.length], spanGaps: true,
         points: { show: this.xs.length < 30, size: 5 },
@@ -111,7 +112,7 @@ export class Chart {
   resize() {
     const width = this.canvas.clientWidth;
     if (!width || width === this.width) return;
-    if (this.plot) { this.width = width; this.plot.setSize({ width, height: HEIGHT }); } else this.draw();
+    if (this.plot) { this.width = width; this.plot.setSize({ width, height: this.options.height }); } else this.draw();
   }
 
   fill() {

@@ -36,7 +36,7 @@ export function text(value, limit = 120) {
   const points = [...all.slice(0, 2 * limit + 2)];
   if (points.length <= limit) return h("bdi", {}, all);
   return h("details", { class: "long", "data-key": `long ${all.slice(0, 300)}` },
-    h("summary", {}, h("bdi", {}, `${points.slice(0, limit).join("")}…`)), h("div", { class: "whole", dir: "auto" }, all));
+    h("summary", {}, h("bdi", {}, `${points.slice(0, limit).join("")}…`)), h("div", { class: "whole", dir: "auto", tabindex: "0" }, all));
 }
 
 export function table(caption, head, rows, { numeric = [] } = {}) {

@@ -12,13 +12,15 @@ export function age(ms) {
   return `${sign}${Math.floor(s / 86400)} d ${two(Math.floor(s / 3600) % 24)} h`;
 }
 
+// For axes: as short as it can be said.
 export function shortAge(ms) {
-  const s = Math.abs(ms) / 1000, sign = ms < 0 ? "−" : "", n = (v) => String(Math.round(v * 100) / 100);
-  if (s === 0) return "0";
-  if (s < 60) return `${sign}${n(s)} s`;
-  if (s < 3600) return `${sign}${n(s / 60)} min`;
-  if (s < 86400) return `${sign}${n(s / 3600)} h`;
-  return `${sign}${n(s / 86400)} d`;
+  const sign = ms < 0 ? "−" : "", v = Math.abs(ms), n = (x) => String(Math.round(x * 100) / 100);
+  const s = Math.round(v / 1000), pair = (big, unit, small, other) => `${sign}${big} ${unit}${small ? ` ${small} ${other}` : ""}`;
+  if (v === 0) return "0";
+  if (v < 60000) return `${sign}${n(v / 1000)} s`;
+  if (s < 3600) return pair(Math.floor(s / 60), "min", s % 60, "s");
+  if (s < 86400) return pair(Math.floor(s / 3600), "h", Math.floor(s / 60) % 60, "min");
+  return pair(Math.floor(s / 86400), "d", Math.floor(s / 3600) % 24, "h");
 }
 
 export function time(ms) {

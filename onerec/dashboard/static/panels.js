@@ -61,6 +61,20 @@ function step(limit, count) {
   return 1000 * (units.find((unit) => unit >= seconds) ?? Math.ceil(seconds / 604800) * 604800);
 }
 
+const course = { at: [], ages: [] };
+const COURSE = 900;
+
+// The headline since the page was opened.
+export function headlineCourse(chain) {
+  course.at.push(chain.wall_ms / 1000);
+  course.ages.push(chain.headline_ms === null ? null : chain.headline_ms / 1000);
+  if (course.at.length > COURSE) { course.at.shift(); course.ages.shift(); }
+  if (!hasAny(course.ages)) return empty("course");
+  chart("course", { label: "Age since this page was opened", x: { label: "Wall clock (UTC)", format: (s) => time(s * 1000), time: true },
+    format: seconds, line: { value: chain.objective_ms / 1000 }, height: 120, durations: true })
+    .set([...course.at], [{ name: "answered", values: [...course.ages] }]);
+}
+
 export function chain(data, parts) {
   const ages = data.stages.map((stage) => stage.age_ms).filter((ms) => ms !== null);
   const limit = Math.max(data.objective_ms * 1.15, ...ages) * 1.02;
@@ -134,18 +148,31 @@ function nested(value) {
   return pairs.length ? h("ul", { class: "nested" }, pairs.map(([name, inner]) => h("li", {}, h("bdi", { class: "key" }, name.replaceAll("_", " ")), " ", wrap(nested(inner))))) : NO_DATA;
 }
 
-const wrap = (value) => (typeof value === "string" ? text(value) : value);
+// A digest says enough by its beginning; the whole is behind a disclosure.
+const wrap = (value) => (typeof value === "string" ? text(value, /^[0-9a-f]{24,}$/.test(value) ? 12 : 120) : value);
+
+function gate(g) {
+  const verdict = g.passed === null || g.passed === undefined ? "" : g.passed ? "passed" : "not passed";
+  return [h("span", {}, `${verdict} `), h("span", { class: "key" }, `loss ${number(g.candidate)}`, Number.isFinite(g.served) ? `, served before ${number(g.served)}` : "")];
+}
+
+function positions(source) {
+  return h("ul", { class: "nested" }, Object.entries(source).map(([name, at]) => h("li", {}, h("bdi", { class: "key" }, name.split("/").at(-1)), " ",
+    isObject(at) ? Object.entries(at).filter(([key]) => !key.startsWith("head")).map(([key, value]) => `${key} ${plain(value)}`).join(", ") : wrap(plain(at)))));
+}
 
 const FIRST_FACTS = ["step", "watermark", "sequence", "source", "items", "codebook_version", "config_sha256", "code_version", "gate", "reason", "created_ms"];
 
 function lineageFacts(facts_) {
+  const brief = { gate, source: positions };
+  const short = (name) => (isObject(facts_[name]) && brief[name] ? brief[name](facts_[name]) : told(name));
   const told = (name) => (/_ms$|^watermark$/.test(name) && typeof facts_[name] === "number" ? time(facts_[name]) : wrap(nested(facts_[name])));
   const known = (name) => facts_[name] !== null && facts_[name] !== undefined && facts_[name] !== "";
   const label = (name) => LINEAGE[name] ?? name.replaceAll("_", " ");
   const first = FIRST_FACTS.filter((name) => name in facts_);
-  const rest = Object.keys(facts_).filter((name) => !first.includes(name) && name !== "version" && known(name));
+  const rest = Object.keys(facts_).filter((name) => (!first.includes(name) || brief[name]) && name !== "version" && known(name));
   const missing = first.filter((name) => !known(name));
-  return [facts(first.filter(known).map((name) => [label(name), told(name)])),
+  return [facts(first.filter(known).map((name) => [label(name), short(name)])),
     missing.length ? h("p", { class: "note missing" }, `No data: ${missing.map((name) => label(name).toLowerCase()).join(", ")}.`) : null,
     rest.length ? disclosure(`more ${facts_.version}`, "More", facts(rest.map((name) => [label(name), told(name)]))) : null];
 }
@@ -178,6 +205,7 @@ const made = {};
 
 function chart(name, options) {
   made[name] ??= new Chart($(name), options);
+  made[name].options.line = options.line ?? null;
   return made[name];
 }
 
@@ -187,6 +215,7 @@ function empty(name, ...content) {
   show($(name), ...content);
 }
 
+const seconds = (s) => shortAge(Math.round(s * 10) * 100);
 const NAMES = { onerec: "OneRec", popularity: "popularity", covisitation: "co-visitation", ntp: "next token", preference: "preference", reward: "reward model" };
 const hasAny = (values) => values.some((value) => value !== null && value !== undefined);
 
@@ -218,7 +247,7 @@ export function ledger(part, objective) {
   entries.sort((a, b) => a.first_answered_ms - b.first_answered_ms);
   const names = Object.keys(STAGES).filter((name) => entries.some((each) => Number.isFinite(each.age_s[name]?.p95)));
   chart("ledger", { label: "Age by version", x: { label: "First answered (UTC)", format: (s) => time(s * 1000), time: true },
-    format: (s) => shortAge(Math.round(s * 100) * 10), line: { value: objective } })
+    format: seconds, line: { value: objective }, durations: true })
     .set(entries.map((each) => each.first_answered_ms / 1000), names.reverse().map((name) => ({ name: STAGES[name][0].toLowerCase(),
       values: entries.map((each) => (Number.isFinite(each.age_s[name]?.p95) ? each.age_s[name].p95 : null)) })));
 }
@@ -262,7 +291,7 @@ export function stream(part) {
     table("Dead letters by reason", ["Reason", "Lines"], reasons.map(([reason, lines]) => [text(reason, 80), count(lines)]), { numeric: [1] }),
     disclosure("letters", "The newest few", h("ul", { class: "letters" }, letters.newest.map((each) => h("li", {},
       h("p", {}, h("strong", {}, text(each.reason, 80)), " ", h("span", { class: "note" }, `number ${each.number}, ${count(each.bytes)} bytes, `, text(each.source, 120))),
-      h("code", { dir: "auto", class: "line" }, each.line + (each.cut ? "…" : ""))))))]);
+      h("code", { dir: "auto", class: "line", tabindex: "0" }, each.line + (each.cut ? "…" : ""))))))]);
 }
 
 function item(entry, marks) {
