@@ -91,10 +91,9 @@ def sampler_jobs(
     folders = ["--state", state, "--run", run_dir]
     where = ["--bootstrap", bootstrap] if bootstrap else ["--follow"]
     # Below all others: on a machine with few cores it is the trainer that must not wait. A pair that is late is dropped.
-    low = ("nice", "-n", "10")
     jobs = [
-        Job(name="sampler", ready=trained, retry_user_errors=True,
-            command=(*low, *command("sampler", *folders, *where, *shared))),
+        Job(name="sampler", ready=trained, retry_user_errors=True, nice=10,
+            command=command("sampler", *folders, *where, *shared)),
     ]
     if bootstrap:
         jobs.append(

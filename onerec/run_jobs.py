@@ -101,11 +101,6 @@ def command(*parts: str | Path) -> tuple[str, ...]:
     return (sys.executable, "-m", "onerec.cli", *map(str, parts))
 
 
-def niced(steps: int, words: tuple[str, ...]) -> tuple[str, ...]:
-    """The same command, so much less urgent."""
-    return ("nice", "-n", str(steps), *words)
-
-
 def run_jobs(plan: Plan) -> list[Job]:
     """Every child, each with what it waits for."""
     shared = [*plan.shared, *options_of({"metrics.port": 0, "metrics.folder": plan.metrics, "metrics.linger": "false"})]
@@ -118,10 +113,9 @@ def run_jobs(plan: Plan) -> list[Job]:
             ready=throttled(
                 lambda: (plan.state / "catalogue").is_dir() or plan.done(source) or has_sessions(plan.state)),
             command=command("items", "--state", plan.state, *shared)),
-        Job(name="train", ready=lambda: plan.done("items"),
-            command=niced(TRAINER_NICE, command(
-                "train", *folders, "--follow", "--preset", plan.preset,
-                *options_of({"train.checkpoint_seconds": plan.publish_every}), *shared))),
+        Job(name="train", ready=lambda: plan.done("items"), nice=TRAINER_NICE, command=command(
+            "train", *folders, "--follow", "--preset", plan.preset,
+            *options_of({"train.checkpoint_seconds": plan.publish_every}), *shared)),
     ]
     if plan.pairs:
         jobs += sampler_jobs(command, state=plan.state, run_dir=plan.run_dir,

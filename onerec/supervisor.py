@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import functools
 import os
 import signal
 import subprocess
@@ -34,6 +35,7 @@ class Job(msgspec.Struct, frozen=True, kw_only=True):
     `once` is restarted until it succeeds, `service` whenever it ends, `periodic` runs every `every_s` seconds, never
     twice at a time. None starts before `ready()` says so. Exit status 2 means that the request itself is wrong, which
     no restart mends: it ends the whole run unless `retry_user_errors`. One that `outlives` the others is stopped after them.
+    `nice`: by how much it gives way to the others.
     """
 
     name: str
@@ -43,6 +45,7 @@ class Job(msgspec.Struct, frozen=True, kw_only=True):
     ready: Callable[[], bool] = _always
     retry_user_errors: bool = False
     outlives: bool = False
+    nice: int = 0
 
 
 class _Child:
@@ -58,9 +61,18 @@ class _Child:
         self.done = False
 
 
-def _die_with_parent() -> None:
-    """In the child: a supervisor that was killed takes its children along."""
+def _prepare(nice: int) -> None:
+    """In the child: a supervisor that was killed takes its children along; and the child's priority.
+
+    Where Linux groups processes by session, niceness counts within a session only, and what counts is that of the group.
+    """
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
+    if nice:
+        os.nice(nice)
+        try:
+            Path("/proc/self/autogroup").write_text(str(nice))
+        except OSError:
+            pass
 
 
 class Supervisor:
@@ -133,7 +145,7 @@ class Supervisor:
                 log.flush()
                 child.process = subprocess.Popen(  # noqa: S603
                     job.command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True,
-                    preexec_fn=_die_with_parent if sys.platform == "linux" else None,
+                    preexec_fn=functools.partial(_prepare, job.nice) if sys.platform == "linux" else None,
                 )
         except OSError as error:
             raise Failure(f"{job.name} cannot be started: {error.strerror} ({error.filename})") from None

@@ -141,6 +141,7 @@ class Replay:
             records, name = batch.records, source.name
             if not records:
                 self._clock.sleep(FOLLOW_SECONDS)
+                continue
             size = self._max_batch or len(records)
             left = 0 if size >= len(records) else sum(map(size_of, records))
             for i in range(0, len(records), size):
