@@ -33,6 +33,8 @@ FEED: Final = "feed"
 REPLICA: Final = "replica"
 """Sources whose states are copies of what Kafka holds."""
 FAMILIES: Final = ("users", "sessions", "items", "meta")
+REOPEN_TRIES: Final = 5
+"""Each fails only where the writer merges files in the milliseconds between reading their list and opening them."""
 _SEQUENCE = struct.Struct(">Q")
 _PROGRESS: Final = b"progress"
 
@@ -403,11 +405,11 @@ class Reader(_Shared):
         path = database_path(self.state)
         if not (path / "CURRENT").exists():
             raise UserError(f"state {self.state}: there is none; `onerec replay FILE --state {self.state}` makes it")
-        self._own = tempfile.mkdtemp(prefix="onerec-reader-")
+        self._own = ""
+        self._manifest = _manifest(path)
         try:
-            self._database = _Database(path, AccessType.secondary(self._own), secondary=True)
+            self._database, self._own = _open_secondary(path)
         except Exception as error:
-            shutil.rmtree(self._own, ignore_errors=True)
             if "Column family" in str(error) or "Invalid argument" in str(error):
                 raise UserError(f"state {self.state}: {path} is not a state of onerec") from None
             raise Failure(f"state {self.state} cannot be read: {error}") from None
@@ -419,13 +421,57 @@ class Reader(_Shared):
             raise
 
     def refresh(self) -> None:
-        """Catches up with the writer's commits (about 2 ms)."""
+        """Catches up with the writer's commits (about 2 ms; 10 ms and more where the writer has flushed since).
+
+        What was being read from `sessions`, `items` and the like goes on as of before.
+        """
+        path = database_path(self.state)
+        if _manifest(path) == self._manifest:
+            self._database.db.try_catch_up_with_primary()
+            if _manifest(path) == self._manifest:
+                return
+        # What a RocksDB secondary has replayed from the log hides newer values of the same keys that were flushed since.
+        self._reopen(path)
+
+    def _reopen(self, path: Path) -> None:
+        for _ in range(REOPEN_TRIES):
+            before = _manifest(path)
+            try:
+                database, own = _open_secondary(path)
+            except Exception:  # noqa: S112 - the writer deletes what it has merged: look again
+                continue
+            old, self._database = self._database, database
+            gone, self._own = self._own, own
+            self._manifest = before
+            old.close()
+            shutil.rmtree(gone, ignore_errors=True)
+            if _manifest(path) == before:
+                return
         self._database.db.try_catch_up_with_primary()
 
     def close(self) -> None:
         """Releases the instance and its own log folder."""
         super().close()
         shutil.rmtree(self._own, ignore_errors=True)
+
+
+def _open_secondary(path: Path) -> tuple[_Database, str]:
+    """A secondary instance as of now, and the folder of its own that it writes its log to."""
+    own = tempfile.mkdtemp(prefix="onerec-reader-")
+    try:
+        return _Database(path, AccessType.secondary(own), secondary=True), own
+    except BaseException:
+        shutil.rmtree(own, ignore_errors=True)
+        raise
+
+
+def _manifest(path: Path) -> tuple[bytes, int]:
+    """Which list of files the writer keeps, and its length: it grows with every flush. Empty while it is being replaced."""
+    try:
+        current = (path / "CURRENT").read_bytes()
+        return current, (path / current.decode().strip()).stat().st_size
+    except (OSError, UnicodeDecodeError):
+        return b"", 0
 
 
 def difference(stored: Semantics, asked: Semantics) -> str:
