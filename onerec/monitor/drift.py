@@ -272,10 +272,12 @@ def write_reference(path: Path, reference: Reference) -> None:
 
 
 class Codes:
-    """Level-1 codes of a state's catalogue, read again when an item is unknown, at most every `every_s`."""
+    """Level-1 codes of a state's catalogue; for an item unknown the journal is read on, at most every `every_s`."""
 
     def __init__(self, state: Path, monotonic: Callable[[], float], every_s: float = 30.0) -> None:
         self._state, self._monotonic, self._every_s = state, monotonic, every_s
+        self._version: str | None = None
+        self._offset = 0
         self._codes: dict[str, int] = {}
         self._due = float("-inf")
 
@@ -283,14 +285,23 @@ class Codes:
         """The code of an item; None where it has none yet."""
         if item_id not in self._codes and self._monotonic() >= self._due:
             self._due = self._monotonic() + self._every_s
-            self._load()
+            try:
+                self._read()
+            except (OneRecError, OSError, ValueError, KeyError):
+                return None  # there is no catalogue yet, or one is being built
         return self._codes.get(item_id)
 
-    def _load(self) -> None:
+    def _read(self) -> None:
+        from trainer.catalogue_files import current_version, read_journal
         from trainer.items import load_catalogue
 
-        try:
-            catalogue = load_catalogue(self._state)
-        except (OneRecError, OSError, ValueError, KeyError):
-            return  # there is no catalogue yet, or one is being built
-        self._codes = dict(zip(catalogue.item_ids, catalogue.item_codes[:, 0].tolist(), strict=True))
+        version = current_version(self._state)
+        if version is None:
+            return
+        if version != self._version:
+            catalogue = load_catalogue(self._state, version)
+            self._codes = dict(zip(catalogue.item_ids, catalogue.item_codes[:, 0].tolist(), strict=True))
+            self._version, self._offset = version, catalogue.journal_offset
+            return
+        entries, self._offset = read_journal(self._state, version, self._offset)
+        self._codes.update({entry["item_id"]: entry["codes"][0] for entry in entries if "codes" in entry})

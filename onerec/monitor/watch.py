@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING
+from functools import partial
+from typing import TYPE_CHECKING, Final, TypeVar
 
 import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
-from onerec.errors import Failure
+from onerec.errors import Failure, OneRecError
 from onerec.freshness import Watermarks
 from onerec.monitor.drift import Drift, Drifted
 from onerec.monitor.ledger import Ledger, Line, quantiles
@@ -23,6 +24,9 @@ if TYPE_CHECKING:
     from exporter.bundle import Manifest
     from exporter.release import ReleaseStatus
 
+T = TypeVar("T")
+
+NOTHING: Final = np.empty(0, np.int64)
 FILES_SECONDS = 1.0
 RELEASE_SECONDS = 2.0
 DRIFT_SECONDS = 5.0
@@ -160,7 +164,7 @@ class Monitor:
         if self._files_due():
             self._run.look()
             self._repository.look()
-            self.users.fill(self._state.recent_users() or [])
+            self._safely("recent users", lambda: self.users.fill(self._state.recent_users()))
         if self._release_due():
             self._release = self._repository.release()
         if self._size_due():
@@ -202,13 +206,15 @@ class Monitor:
         if reader is None:
             self._drifted = None
             return
+        self._drifted = self._safely("drift", lambda: drift.look(reader))
+
+    def _safely(self, what: str, question: Callable[[], T]) -> T | None:
+        """The answer; None, said once, where the state went away meanwhile, for which rocksdict raises bare Exceptions."""
         try:
-            self._drifted = drift.look(reader)
-        except Failure as error:
-            self._once(str(error))
-        except Exception as error:  # rocksdict raises bare Exceptions where a state goes away
-            self._drifted = None
-            self._once(f"drift: {error}")
+            return question()
+        except Exception as error:
+            self._once(str(error) if isinstance(error, OneRecError) else f"{what}: {error}")
+            return None
 
     def _once(self, text: str) -> None:
         if text not in self._said:
@@ -236,20 +242,19 @@ class Monitor:
         reached = ledger.reached(answer.replica)
         sequence = manifest.sequence if manifest else None
         if sequence is None and answer.watermark_ms is not None and self._state.reader is not None:
-            sequence = self._state.sequence_at(answer.watermark_ms)
+            sequence = self._safely("the session log", partial(self._state.sequence_at, answer.watermark_ms))
         item_sequence = manifest.item_sequence if manifest else None
         # A replica that was never seen before has brought nothing new: nobody saw what it answered until now.
         after, items_after = reached.sequence, reached.item_sequence
         after, items_after = sequence if after is None else after, item_sequence if items_after is None else items_after
-        times, sequences, stride = np.empty(0, np.int64), np.empty(0, np.int64), 1
-        item_ms = np.empty(0, np.int64)
-        try:
-            if after is not None and sequence is not None:
-                times, sequences, stride = self._state.event_times(after, sequence)
-            if items_after is not None and item_sequence is not None:
-                item_ms = self._state.item_times(items_after, item_sequence)
-        except Exception as error:  # rocksdict raises bare Exceptions where a state goes away
-            self._once(f"the news of version {version} cannot be read: {error}")
+        times, sequences, stride = NOTHING, NOTHING, 1
+        item_ms = NOTHING
+        if after is not None and sequence is not None:
+            found = self._safely("the news of a version", partial(self._state.event_times, after, sequence))
+            times, sequences, stride = found or (NOTHING, NOTHING, 1)
+        if items_after is not None and item_sequence is not None:
+            new = self._safely("new items", partial(self._state.item_times, items_after, item_sequence))
+            item_ms = NOTHING if new is None else new
         began = self._began(ledger)
         if began is not None:
             kept = times > began
