@@ -15,10 +15,15 @@ from onerec.kafka_jobs import kafka_jobs, sampler_jobs
 from onerec.supervisor import Job
 from simulator.live import LiveConfig, read_written, scaled_settings
 from streaming.kafka.settings import KafkaConfig
+from trainer.config import TrainConfig
 
 SESSIONS_FOR_CATALOGUE: Final = 500
 """Sessions that must be there before semantic IDs are fitted, unless the replay ends with fewer."""
 LOOK_SECONDS: Final = 1.0
+GOOD_SESSIONS_PER_EVENT: Final = 0.035
+"""Measured on simulated worlds: high-quality sessions for each event."""
+SCORED_PER_SECOND: Final = 1.0
+"""Test-then-train at live pace: a search for each scored session is a third of the trainer's work at its usual share."""
 TRAINER_NICE: Final = 5
 """The trainer gives way to what users wait for: events on their way into histories, and answers."""
 
@@ -67,8 +72,9 @@ def options_of(settings: Mapping[str, object]) -> list[str]:
 
 
 def live_settings(live: LiveConfig) -> dict[str, object]:
-    """What all children must know of a world at live pace."""
-    return {**scaled_settings(live.factor), "freshness.clock": "live"}
+    """What all children must know of a world at live pace; of its many sessions a smaller share is scored than of a log's."""
+    scored = round(min(TrainConfig().score_share, SCORED_PER_SECOND / (live.rate * GOOD_SESSIONS_PER_EVENT)), 3)
+    return {**scaled_settings(live.factor), "freshness.clock": "live", "train.score_share": scored}
 
 
 def throttled(question: Callable[[], bool], seconds: float = LOOK_SECONDS) -> Callable[[], bool]:
