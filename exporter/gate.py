@@ -127,7 +127,7 @@ def illegal(found: Beams, snapshot: Snapshot) -> str | None:
 
 
 class Gate:
-    """Scores candidates; keeps the newest sessions and the served version's model between two of them.
+    """Scores candidates; keeps the newest sessions and the newest models between two of them.
 
     `clock`: seconds that only go forward, for the latency.
     """
@@ -136,7 +136,7 @@ class Gate:
         self.settings = settings
         self._newest = NewestSessions(settings.sessions)
         self._clock = clock
-        self._served: tuple[int, OneRec] | None = None
+        self._models: dict[str, OneRec] = {}
 
     def judge(
         self,
@@ -149,7 +149,8 @@ class Gate:
     ) -> Judged:
         """Scores of a sealed candidate in `folder`, whose catalogue and graph are open, against `served` (None: the first).
 
-        Without a session in the state, or beside a version of another codebook, no losses are compared.
+        Without a session in the state, or beside a version of another codebook or one that cannot be read, no losses are
+        compared.
         """
         newest = self._newest.read(reader)
         config = candidate.model_config
@@ -168,9 +169,9 @@ class Gate:
             threads = torch.get_num_threads()
             torch.set_num_threads(1)  # OpenMP's threads spin, which beside a busy trainer costs more than they bring
             try:
-                own = mean_loss(bundle_model(folder, config), examples, snapshot.item_codes)
-                if compared:
-                    before = mean_loss(self._model(*compared), examples, snapshot.item_codes)
+                own = mean_loss(self._model(candidate, folder), examples, snapshot.item_codes)
+                if compared and (model := self._served_model(*compared)) is not None:
+                    before = mean_loss(model, examples, snapshot.item_codes)
             finally:
                 torch.set_num_threads(threads)
         fault = fault or self._worse(own, before) or self._slow(latency)
@@ -187,14 +188,21 @@ class Gate:
         )
         return Judged(scores, fault)
 
-    def served(self, version: int, model: OneRec) -> None:
-        """Keep the model of the version that is served now."""
-        self._served = version, model
+    def _served_model(self, manifest: Manifest, folder: Path) -> OneRec | None:
+        """None where the served version can no longer be read: that must not keep better ones from being served."""
+        try:
+            return self._model(manifest, folder)
+        except Failure:
+            return None
 
     def _model(self, manifest: Manifest, folder: Path) -> OneRec:
-        if self._served is None or self._served[0] != manifest.version:
-            self._served = manifest.version, bundle_model(folder, manifest.model_config)
-        return self._served[1]
+        """The model of a bundle; the two newest stay, as today's candidate is what the next one is compared with."""
+        name = manifest.weights
+        model = self._models.pop(name, None) or bundle_model(folder, manifest.model_config)
+        self._models[name] = model
+        for old in list(self._models)[:-2]:
+            del self._models[old]
+        return model
 
     def _ask(
         self, graph: Graph, snapshot: Snapshot, examples: Sequence[Example], config: ModelConfig

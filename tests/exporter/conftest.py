@@ -8,6 +8,7 @@ from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
+from release_helpers import World, make_state
 from serving_helpers import builder
 
 from exporter.client import Client
@@ -38,6 +39,24 @@ def repository(tmp_path: Path) -> Path:
     root = tmp_path / "repository"
     assert publish_bundle(root, builder()) == 1
     return root
+
+
+@pytest.fixture(scope="session")
+def small_world(tmp_path_factory: pytest.TempPathFactory) -> World:
+    """A state and a repository whose graph template is traced; not to be changed."""
+    folder = tmp_path_factory.mktemp("small_world")
+    make_state(folder / "made")
+    world = World(folder, folder / "made")
+    world.checkpoint(1)
+    with world.publisher() as publisher:
+        publisher.publish()
+    return world
+
+
+@pytest.fixture
+def world(small_world: World, tmp_path: Path) -> World:
+    """A state with sessions and a catalogue, a run without a checkpoint, an empty repository that needs no tracing."""
+    return World(tmp_path, small_world.state, small_world.repository / ".onerec" / "templates")
 
 
 @pytest.fixture

@@ -12,6 +12,7 @@ from typing import NamedTuple
 import numpy as np
 import pytest
 import torch
+from release_helpers import World as SmallWorld
 from typer.testing import CliRunner
 
 from exporter.bundle import verify_bundle
@@ -112,7 +113,7 @@ def reward_config(state: Path, **changes: int) -> RewardModelConfig:
 
 
 @pytest.fixture(scope="module")
-def world(tmp_path_factory: pytest.TempPathFactory, start_triton: START) -> World:
+def world(tmp_path_factory: pytest.TempPathFactory, start_triton: START, small_world: SmallWorld) -> World:
     """A simulated world, replayed, its catalogue fitted, an untrained model published to a running server."""
     folder = tmp_path_factory.mktemp("world")
     log = folder / "events.jsonl"
@@ -120,7 +121,9 @@ def world(tmp_path_factory: pytest.TempPathFactory, start_triton: START) -> Worl
     call("replay", log, "--state", folder / "state", "--items", folder / "events.items.jsonl", "--json")
     call("items", "--state", folder / "state", "--json", "--set", "catalogue.codes=8")
     checkpoint(folder / "run", folder / "state", step=1, seed=1)
-    (folder / "repository").mkdir()
+    # The same architecture as that of the small world: it need not be traced again.
+    traced = small_world.repository / ".onerec" / "templates"
+    shutil.copytree(traced, folder / "repository" / ".onerec" / "templates")
     server, client = start_triton(folder / "repository", folder / "state")
     load_repository(folder / "repository", client)
     made = World(folder, server, client)
