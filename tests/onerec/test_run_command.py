@@ -9,10 +9,15 @@ import subprocess
 import sys
 import threading
 import time
+import urllib.request
 from pathlib import Path
 
 import orjson
 import pytest
+from prometheus_client.parser import text_string_to_metric_families
+
+from onerec.monitor.families import AGE_STAGES
+from simulator.live import read_written
 
 ONEREC = [sys.executable, "-m", "onerec.cli"]
 NOBODY = "127.0.0.1:9"
@@ -80,6 +85,11 @@ def test_damage_is_said_and_does_not_hide_the_rest(tmp_path: Path) -> None:
         (["--simulate", "--speed", "0"], "--speed"),
         (["--simulate", "--set", "session.gap=1"], "gap_ms"),
         (["--simulate", "--bootstrap", "127.0.0.1:1"], "--kafka"),
+        (["a.jsonl", "--rate", "100"], "--simulate"),
+        (["--simulate", "--rate", "100", "--speed", "2"], "--speed"),
+        (["--simulate", "--users", "100"], "--rate"),
+        (["--simulate", "--rate", "1000", "--users", "3"], "--users"),
+        (["--simulate", "--rate", "0"], "--rate"),
     ],
 )
 def test_run_refuses_what_it_cannot_do(tmp_path: Path, words: list[str], said: str) -> None:
@@ -89,12 +99,15 @@ def test_run_refuses_what_it_cannot_do(tmp_path: Path, words: list[str], said: s
     assert said in result.stderr
 
 
-def test_run_names_the_option_of_a_port_that_is_taken(tmp_path: Path) -> None:
+@pytest.mark.parametrize("option", ["--grpc-port", "--triton-metrics-port", "--metrics-port"])
+def test_run_names_the_option_of_a_port_that_is_taken(tmp_path: Path, option: str) -> None:
     places = ["--state", tmp_path / "s", "--run", tmp_path / "r", "--repository", tmp_path / "m"]
     with socket.create_server(("127.0.0.1", 0)) as taken:
-        result = onerec("run", "--simulate", *places, "--grpc-port", str(taken.getsockname()[1]))
+        result = onerec("run", "--simulate", *places, option, str(taken.getsockname()[1]))
     assert result.returncode == 2
-    assert "--grpc-port" in result.stderr
+    assert option in result.stderr
+    assert "started" not in result.stderr
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_child_with_a_wrong_request_ends_the_run_with_its_words(tmp_path: Path) -> None:
@@ -147,7 +160,8 @@ def test_run_learns_serves_mends_itself_and_leaves_nothing_running(tmp_path: Pat
     events, items = world(tmp_path)
     places = ["--state", tmp_path / "state", "--run", tmp_path / "run", "--repository", tmp_path / "repository"]
     words = ["run", events, "--items", items, *places, "--speed", "20000", "--publish-every", "5", "--http-port", "0",
-             "--grpc-port", "0", "--triton-metrics-port", "0", "--no-dashboard", "--set", "beam.width=8", "--set", "train.threads=1"]
+             "--grpc-port", "0", "--triton-metrics-port", "0", "--no-dashboard", "--set", "beam.width=8",
+             "--set", "train.threads=1"]
     if kafka:
         cluster = [f"kafka.bootstrap=127.0.0.1:{free_port()}", "--set", "kafka.partitions=2"]
         words += ["--kafka", "--workers", "2", "--set", *cluster]
@@ -181,3 +195,63 @@ def test_run_learns_serves_mends_itself_and_leaves_nothing_running(tmp_path: Pat
     here = str(tmp_path).encode()
     commands = [path.read_bytes() for path in Path("/proc").glob("[0-9]*/cmdline") if alive(int(path.parent.name))]
     assert not [command for command in commands if here in command and (b"tritonserver" in command or b"java" in command)]
+
+
+def figures(url: str) -> dict[tuple[str, frozenset[tuple[str, str]]], float]:
+    """Every sample of a metrics page, read as Prometheus does."""
+    with urllib.request.urlopen(url, timeout=10) as answer:
+        families = text_string_to_metric_families(answer.read().decode())
+        return {(sample.name, frozenset(sample.labels.items())): sample.value for found in families for sample in found.samples}
+
+
+def labels_of(page: dict[tuple[str, frozenset[tuple[str, str]]], float], name: str, label: str) -> set[str]:
+    """Values of a label among a metric's samples above zero."""
+    return {dict(pairs)[label] for (found, pairs), value in page.items() if found == name and value > 0}
+
+
+@pytest.mark.slow
+def test_a_world_at_live_pace_shows_every_hand_off_on_one_page(tmp_path: Path) -> None:
+    places = ["--state", tmp_path / "state", "--run", tmp_path / "run", "--repository", tmp_path / "repository"]
+    words = ["run", "--simulate", "--rate", "500", "--users", "2500", *places, "--publish-every", "4", "--http-port", "0",
+             "--grpc-port", "0", "--triton-metrics-port", "0", "--metrics-port", "0", "--set", "beam.width=8",
+             "--set", "train.threads=1", "--set", "preference.ratio=0"]
+    process = subprocess.Popen([*ONEREC, *map(str, words)], stderr=subprocess.PIPE, text=True)
+    said = Said(process)
+    began = int(1000 * time.time())
+    try:
+        [url] = said.wait_for(r"metrics of all parts (http\S+)", 60)
+        assert re.search(r"500 events/s of 2,500 users; its days pass 807 times faster", said.text)
+        assert "session.gap_ms=2230" in said.text
+        parts = {"simulate", "replay", "train", "serve", "publish", "monitor", "dashboard"}
+
+        def shown() -> dict[tuple[str, frozenset[tuple[str, str]]], float]:
+            page = figures(url)
+            there = labels_of(page, "onerec_age_seconds_count", "stage") == set(AGE_STAGES)
+            return page if there and labels_of(page, "onerec_process_up", "process") == parts else {}
+
+        deadline = time.monotonic() + 240
+        while not (page := shown()):
+            assert time.monotonic() < deadline and process.poll() is None, f"{sorted(figures(url))}\n{said.text}"
+            time.sleep(1)
+        # One process tells of each stage, and new items and histories are there too.
+        assert labels_of(page, "onerec_events_total", "process") == {"replay"}
+        assert labels_of(page, "onerec_history_used_age_seconds_count", "replica")
+        assert any(name.startswith("nv_") for name, _ in page)
+        assert not labels_of(page, "onerec_dead_letters_total", "reason")
+        ages = {stage: {name: sum(value for (found, labels), value in page.items() if found == f"onerec_age_seconds_{name}"
+                                  and ("stage", stage) in labels) for name in ("sum", "count")} for stage in AGE_STAGES}
+        # Live ages: of the run's own time, and later stages no younger than the history.
+        means = {stage: age["sum"] / age["count"] for stage, age in ages.items()}
+        assert all(0 <= means["history"] <= mean < time.time() - began / 1000 for mean in means.values())
+        written = read_written(tmp_path / "run" / "world" / "live.jsonl")
+        assert written is not None
+        assert began - 1_000 < written.began_ms < began + 60_000
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(60) == 0
+    finally:
+        process.kill()
+        process.wait()
+    started = [int(pid) for pid in re.findall(r"started \(pid (\d+)\)", said.text)]
+    assert len(started) >= len(parts)
+    assert not [pid for pid in started if alive(pid)]
+    assert not list((tmp_path / "run" / "metrics").glob("*.address"))
