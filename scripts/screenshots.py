@@ -1,6 +1,7 @@
 """Pictures of `onerec dashboard` for the README: a small simulated world at live pace, looked at once it has learnt.
 
 Usage: screenshots.py --onerec PATH [--rate 100] [--seconds 240] [--folder .screenshots] [--out docs/figures]
+       screenshots.py --url http://127.0.0.1:8050    (of a page that is served already)
 
 Needs Playwright and Debian's chromium-headless-shell.
 """
@@ -8,6 +9,7 @@ Needs Playwright and Debian's chromium-headless-shell.
 from __future__ import annotations
 
 import argparse
+import io
 import json
 import shutil
 import signal
@@ -15,6 +17,7 @@ import socket
 import subprocess
 import sys
 import time
+import urllib.parse
 import urllib.request
 from pathlib import Path
 from typing import Any
@@ -51,10 +54,11 @@ def wait_for_versions(url: str, run: subprocess.Popen[bytes], seconds: float) ->
         sys.exit(f"screenshots: nothing is served after {seconds:.0f} s; give it longer with --seconds")
 
 
-def photograph(url: str, out: Path, user: str) -> None:
-    """The page in both themes, and narrow."""
+def photograph(url: str, out: Path) -> None:
+    """The page in both themes, and narrow, with somebody of the newest sessions."""
     from playwright.sync_api import sync_playwright
 
+    user = urllib.parse.quote(told(f"{url}/api/users/random")["data"])
     out.mkdir(parents=True, exist_ok=True)
     with sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=shutil.which("chromium-headless-shell"), args=["--no-sandbox"])
@@ -68,9 +72,17 @@ def photograph(url: str, out: Path, user: str) -> None:
             page.wait_for_timeout(15_000)
             size = page.evaluate("document.documentElement.scrollHeight")
             clip = {"x": 0, "y": 0, "width": width, "height": min(size, TOP_PIXELS) if name == "narrow" else size}
-            page.screenshot(path=str(out / f"dashboard-{name}.png"), full_page=True, clip=clip)
+            save(page.screenshot(full_page=True, clip=clip), out / f"dashboard-{name}.png")
             context.close()
         browser.close()
+
+
+def save(picture: bytes, path: Path) -> None:
+    """A PNG of 256 colours, which is less than half of the bytes and looks the same."""
+    from PIL import Image
+
+    few = Image.open(io.BytesIO(picture)).convert("RGB").quantize(256, dither=Image.Dither.NONE)
+    few.save(path, optimize=True)
 
 
 def main() -> None:
@@ -81,8 +93,12 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=240.0, help="how long the world runs before it is looked at")
     parser.add_argument("--folder", type=Path, default=Path(".screenshots"))
     parser.add_argument("--out", type=Path, default=Path("docs/figures"))
+    parser.add_argument("--url", help="a page that is served already; nothing is run then")
     options = parser.parse_args()
 
+    if options.url:
+        photograph(options.url.rstrip("/"), options.out)
+        return
     shutil.rmtree(options.folder, ignore_errors=True)
     options.folder.mkdir(parents=True)
     port = free_port()
@@ -94,8 +110,7 @@ def main() -> None:
         run = subprocess.Popen(command, stdout=log, stderr=log)  # noqa: S603
     try:
         wait_for_versions(url, run, options.seconds)
-        user = told(f"{url}/api/users/random")["data"]
-        photograph(url, options.out, user)
+        photograph(url, options.out)
     finally:
         run.send_signal(signal.SIGINT)
         run.wait(60)

@@ -76,7 +76,7 @@ class Guard:
 
         host = dict(scope["headers"]).get(b"host", b"").decode("latin-1")
         if not is_own_host(host, self._host):
-            refused: ASGIApp = PlainTextResponse("this page is for names of its own host only\n", status_code=421)
+            refused: ASGIApp = PlainTextResponse("this page is for its own host only: open it by its number, or name the host with --host\n", status_code=421)
         elif scope["method"] not in ("GET", "HEAD"):
             refused = PlainTextResponse("this page only shows: GET\n", status_code=405, headers={"allow": "GET, HEAD"})
         else:

@@ -38,6 +38,8 @@ OUTLINES = """() => { const s = getComputedStyle(document.activeElement);
   return [document.activeElement.id || document.activeElement.textContent.trim().slice(0, 40) || document.activeElement.tagName,
           s.outlineStyle !== "none" || (near !== null && near.outlineStyle !== "none")]; }"""
 
+AUDITED = ((400, "light"), (1600, "dark"))
+"""Where axe looks, which takes long: each width and each theme once."""
 INSIDE = """[...document.querySelectorAll("main *")].every((e) => e.getBoundingClientRect().right <= innerWidth + 1
   || e.closest(".scroll, .whole, .line, .u-wrap, .hidden"))"""
 
@@ -110,8 +112,9 @@ def test_it_is_sound_in_both_themes_narrow_and_wide(browser: Any, url: str, widt
     assert page.evaluate("document.documentElement.scrollWidth") <= width
     assert page.evaluate(INSIDE)
     assert page.locator(".plot canvas").count() == 4
-    found = Axe().run(page).response["violations"]
-    assert [(each["id"], each["nodes"][0]["html"]) for each in found if each["impact"] in ("serious", "critical")] == []
+    if (width, theme) in AUDITED:
+        found = Axe().run(page).response["violations"]
+        assert [(each["id"], each["nodes"][0]["html"]) for each in found if each["impact"] in ("serious", "critical")] == []
     assert tab.wrong == []
     assert {asked.startswith(url) for asked in tab.asked} == {True}
     tab.close()

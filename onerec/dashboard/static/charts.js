@@ -99,7 +99,7 @@ export class Chart {
       width, height, padding: [8, 22, 0, 0], legend: { show: false }, tzDate: (ts) => window.uPlot.tzDate(new Date(ts * 1e3), "Etc/UTC"),
       cursor: { y: false, points: { size: 6 }, drag: { x: false, y: false } },
       scales: { x: { time: Boolean(x.time) }, y: { range } },
-      axes: [{ ...axis, size: 30, space: 64, values: (u, ticks) => ticks.map((v) => (x.time ? clock(v, ticks[1] - ticks[0]) : String(v))) }, { ...axis, size: 64, space: 34, ...(durations ? { incrs: DURATIONS } : {}), values: (u, ticks) => ticks.map((v) => format(v)) }],
+      axes: [{ ...axis, size: 30, space: 64, values: (u, ticks) => ticks.map((v) => (x.time ? clock(v, ticks[1] - ticks[0]) : String(v))) }, { ...axis, size: durations ? 78 : 58, space: 34, ...(durations ? { incrs: DURATIONS } : {}), values: (u, ticks) => ticks.map((v) => format(v)) }],
       series: [{}, ...this.series.map((s, n) => ({
         label: s.name, stroke: css(`--c${n + 1}`), width: n === 0 ? 2.25 : 1.5, dash: DASHES[n % DASHES.length], spanGaps: true,
         points: { show: this.xs.length < 30, size: 5 },
