@@ -65,7 +65,7 @@ class TrainConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     checkpoint_sessions: Positive = 4096
     checkpoint_seconds: Annotated[float, Meta(gt=0)] = 300.0
     keep_checkpoints: Positive = 3
-    idle_seconds: Annotated[float, Meta(gt=0)] = 2.0
+    idle_seconds: Annotated[float, Meta(gt=0)] = 1.0
     score_beams: Positive = 16
     score_share: Annotated[float, Meta(ge=0, le=1)] = 0.1
     backlog_passes: Positive = 1

@@ -74,6 +74,9 @@ FAMILIES: Final[dict[str, Family]] = {
     "onerec_hits_total": Family("counter", "Test-then-train: windows that were hit, by hour of the day", ("model", "hour")),
     "onerec_scored_total": Family("counter", "Test-then-train: windows scored, by hour of the day", ("hour",)),
     "onerec_hit_rate": Family("gauge", "Test-then-train hit rate over the newest windows", ("model",)),
+    "onerec_version_hit_rate": Family(
+        "gauge", "Test-then-train hit rate right after the newest checkpoint that another has followed (served), and the one "
+        "before it (previous)", ("which",)),
     "onerec_checkpoint_timestamp_seconds": Family("gauge", "When the newest checkpoint was written, epoch seconds"),
     "onerec_checkpoint_step": Family("gauge", "Step of the newest checkpoint"),
     "onerec_pairs_total": Family("counter", "Records of the pair log, by what became of them", ("outcome",)),
@@ -93,8 +96,6 @@ FAMILIES: Final[dict[str, Family]] = {
     "onerec_process_restarts_total": Family("counter", "How often a part of `onerec run` was started again", ("process",)),
     "onerec_replica_up": Family("gauge", "1: the replica answers", ("replica",)),
     "onerec_replica_version": Family("gauge", "Version that the replica answers with", ("replica",)),
-    "onerec_version_hit_rate": Family(
-        "gauge", "Hit rate on the newest sessions: the version served and the one before", ("which",)),
     "onerec_answer_seconds": Family("histogram", "Time of a probe's answer", ("replica",), CALL_BUCKETS),
     "onerec_drift_psi": Family(
         "gauge", "Population stability index against the reference window: codes, watch_time, event_mix", ("feature",)),
