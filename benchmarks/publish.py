@@ -2,7 +2,8 @@
 
     python -m benchmarks.publish [--presets tiny small] [--items 10000] [--rounds 5] [--json]
 
-Each round publishes other weights into a running server and ends when the new version has answered. The way without a
+Each round publishes other weights into a running server and ends when the new version has answered, then a version that only
+brings new items; both by one long-lived publisher, the release gate on, with 256 sessions in the log. The way without a
 template (trace the whole search, as `torch.onnx.export` does for any model, then the same steps) is measured once a
 preset in the same run. Requests are asked one at a time, in turn of Triton and of ONNX Runtime called in this process.
 """
@@ -16,6 +17,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -27,15 +29,17 @@ from rich.console import Console
 from rich.table import Table
 
 from exporter.client import Client
+from exporter.export import Export
 from exporter.publish import load_repository
-from exporter.publisher import publish
+from exporter.publisher import Outcome, Publisher
 from exporter.repository import Repository
 from exporter.server import TritonServer
-from exporter.triton_config import RecommendConfig
 from onerec.config import Config
+from onerec.monitor.settings import GateConfig
 from serving_config.recommend.engine import Engine, Wanted
 from streaming.items import ItemRecord
 from streaming.semantics import Semantics
+from streaming.sessions import Session, SessionItem
 from streaming.store import Reader, Store
 from trainer.checkpoint import Checkpoint, Cursor, save_checkpoint
 from trainer.items import build_catalogue, load_catalogue
@@ -45,7 +49,9 @@ from trainer.presets import PRESETS
 WIDTH = 128
 HISTORY = 64
 CLIENTS = 8
-STEPS = ("checkpoint", "catalogue", "weights", "parity", "seal", "install", "load", "ask")
+STEPS = ("checkpoint", "catalogue", "weights", "parity", "seal", "gate", "install", "load", "ask")
+ITEM_STEPS = ("catalogue", "seal", "install", "load", "ask")
+SESSIONS = 256
 
 
 def make_state(state: Path, items: int, codes: int) -> None:
@@ -58,6 +64,7 @@ def make_state(state: Path, items: int, codes: int) -> None:
             for name in names
         ]
         store.put_items(records)
+        store.append([random_session(number, names, rng) for number in range(SESSIONS)], {}, watermark=SESSIONS)
     codes_file = state / "codes.jsonl"
     codes_file.write_bytes(
         b"\n".join(
@@ -67,6 +74,20 @@ def make_state(state: Path, items: int, codes: int) -> None:
     )
     with Reader(state) as reader:
         build_catalogue(state, reader, Config(), codes_file=codes_file)
+
+
+def random_session(number: int, names: list[str], rng: np.random.Generator) -> Session:
+    """A high-quality session of five items after a history of `HISTORY`."""
+    drawn = [names[row] for row in rng.integers(0, len(names), HISTORY + 5)]
+    items = [
+        SessionItem(item_id=name, ts=number, watch_ms=10_000, duration_ms=10_000, interactions=[], effective=True)
+        for name in drawn[:5]
+    ]
+    return Session(
+        session_id=f"u{number}:{number}", user_id=f"u{number}", request_id=None, start=number, end=number, items=items,
+        history=drawn[5:], watched=5, total_watch_ms=50_000, interactions=0, high_quality=True, swt=1.0, vtr=1.0, wtr=0, ltr=0,
+        positives=[],
+    )  # fmt: skip
 
 
 def save(run: Path, state: Path, preset: str, step: int) -> None:
@@ -90,12 +111,12 @@ def save(run: Path, state: Path, preset: str, step: int) -> None:
     save_checkpoint(run, record, model.state_dict(), optimizer)
 
 
-def timed_publish(run: Path, repository: Path, server: str) -> dict[str, float]:
-    """One publish: seconds by step, and `total` from its call to the new version's answer."""
-    seconds: dict[str, float] = {}
-    began = time.perf_counter()
-    publish(run, repository, server=server, width=WIDTH, config=RecommendConfig(), report=seconds.__setitem__)
-    return {**seconds, "total": time.perf_counter() - began}
+def timed(make: Callable[[], Outcome | None]) -> dict[str, float]:
+    """One publish: seconds by step, `total` from its call to the new version's answer, `cpu` of this process."""
+    began, spent = time.perf_counter(), time.process_time()
+    outcome = make()
+    assert outcome is not None
+    return {**outcome.seconds, "total": time.perf_counter() - began, "cpu": time.process_time() - spent}
 
 
 def by_command(run: Path, repository: Path, server: str) -> float:
@@ -143,6 +164,17 @@ def requests(client: Client, engine: Engine, rounds: int) -> dict[str, float]:
     }
 
 
+def medians(rounds: list[dict[str, float]], steps: tuple[str, ...]) -> dict[str, float]:
+    """Median seconds by step, in all, and of this process' CPU."""
+    return {step: statistics.median(found.get(step, 0.0) for found in rounds) for step in (*steps, "total", "cpu")}
+
+
+def add_item(state: Path, name: str) -> None:
+    """A new catalogue entry."""
+    with Store(state, Semantics()) as store:
+        store.put_items([ItemRecord(item_id=name, ts=1, duration_ms=10_000, tags=["tag"])])
+
+
 def measure(preset: str, scratch: Path, arguments: argparse.Namespace) -> dict[str, Any]:
     """All figures of one preset."""
     folder = scratch / preset
@@ -152,11 +184,17 @@ def measure(preset: str, scratch: Path, arguments: argparse.Namespace) -> dict[s
     save(run, state, preset, 1)
     with TritonServer(repository, state) as server, Client(server.url, timeout=60) as client:
         load_repository(repository, client)
-        traced = timed_publish(run, repository, server.url)
-        rounds = []
-        for step in range(2, 2 + arguments.rounds):
-            save(run, state, preset, step)
-            rounds.append(timed_publish(run, repository, server.url))
+        rounds, items = [], []
+        export = Export(run_dir=run, width=WIDTH)
+        # Random weights of other seeds: one may well be worse than the one before by more than a bound.
+        gate = GateConfig(enabled=False)
+        with Publisher(export, repository, server=server.url, gate=gate) as publisher:
+            traced = timed(publisher.publish)
+            for step in range(2, 2 + arguments.rounds):
+                save(run, state, preset, step)
+                rounds.append(timed(publisher.publish))
+                add_item(state, f"new{step}")
+                items.append(timed(publisher.publish_items))
         save(run, state, preset, 99)
         command = by_command(run, repository, server.url)
         place = Repository(repository)
@@ -167,7 +205,8 @@ def measure(preset: str, scratch: Path, arguments: argparse.Namespace) -> dict[s
         "preset": preset,
         "parameters": sum(value.numel() for value in OneRec(PRESETS[preset]).parameters()),
         "items": arguments.items,
-        "seconds": {step: statistics.median(found.get(step, 0.0) for found in rounds) for step in [*STEPS, "total"]},
+        "seconds": medians(rounds, STEPS),
+        "items_only": medians(items, ITEM_STEPS),
         "fastest": min(totals),
         "slowest": max(totals),
         "command": command,
@@ -182,18 +221,24 @@ def show(results: list[dict[str, Any]]) -> None:
     """Tables for people."""
     console = Console(width=180)
     table = Table(title=f"seconds from a checkpoint to the first answer of the new version, {WIDTH} beams, median")
-    for name in ("preset", "parameters", *STEPS, "total", "fastest", "slowest", "`onerec publish`", "traced anew"):
+    for name in ("preset", "parameters", *STEPS, "total", "CPU", "fastest", "slowest", "`onerec publish`", "traced anew"):
         table.add_column(name, justify="left" if name == "preset" else "right")
     for found in results:
         table.add_row(
             found["preset"],
             f"{found['parameters'] / 1e6:.1f} M",
-            *(f"{found['seconds'][step]:.2f}" for step in (*STEPS, "total")),
+            *(f"{found['seconds'][step]:.2f}" for step in (*STEPS, "total", "cpu")),
             f"{found['fastest']:.2f}",
             f"{found['slowest']:.2f}",
             f"{found['command']:.2f}",
             f"{found['traced']:.1f} ({found['times_faster']:.0f}×)",
         )
+    console.print(table)
+    table = Table(title="a version that only brings new items")
+    for name in ("preset", *ITEM_STEPS, "total", "CPU"):
+        table.add_column(name, justify="left" if name == "preset" else "right")
+    for found in results:
+        table.add_row(found["preset"], *(f"{found['items_only'][step]:.2f}" for step in (*ITEM_STEPS, "total", "cpu")))
     console.print(table)
     for found in results:
         console.print(

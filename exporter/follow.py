@@ -17,6 +17,9 @@ POLL_SECONDS = 0.2
 FIRST_BACKOFF = 1.0
 LONGEST_BACKOFF = 30.0
 
+Work = Literal["lock", "checkpoint", "items"]
+"""What a trouble keeps from being done: anything at all, versions of checkpoints, versions of items."""
+
 
 class Trouble(msgspec.Struct, frozen=True, kw_only=True):
     """Something that keeps the publisher from its work: `waiting` for what will come, `hold`, or a `fault` to mend."""
@@ -56,9 +59,11 @@ class Follower:
         self._every, self._items_every = every_s, items_every_s
         self._tell, self._complain, self._stopped = tell, complain, stopped
         self._clock, self._sleep = clock, sleep
-        self._trouble: Trouble | None = None
+        self._trouble: tuple[Trouble, Work] | None = None
         self._backoff = FIRST_BACKOFF
-        self._due = self._items_due = clock()
+        self._due = self._items_due = self._retry = clock()
+        self._failed: int | None = None
+        """Step that ended by a fault, tried again from `_retry` on."""
         self._settled: int | None = None
         """Newest step that needs no version any more: published, held back, or damaged and passed over."""
 
@@ -67,57 +72,56 @@ class Follower:
         while not self._stopped():
             try:
                 with self._publisher.alone():
-                    self._over()
+                    self._over("lock")
                     self._settled = self._publisher.settled_step()
                     while not self._stopped():
-                        self._rest(self._look(), each)
+                        self._look()
+                        each()
+                        self._sleep(POLL_SECONDS)
             except OneRecError as error:  # another publisher, or a repository that cannot be written
-                self._say(Trouble(kind="fault", text=str(error)))
-                self._rest(FIRST_BACKOFF, each)
+                self._say(Trouble(kind="fault", text=str(error)), "lock")
+                each()
+                self._sleep(FIRST_BACKOFF)
 
-    def _look(self) -> float:
-        """One look: publishes at most one version; returns the seconds to rest at most."""
-        try:
-            self._publish_what_is_new()
-        except HeldBack as held:
-            self._settled = held.manifest.step
-            self._over()
-            self._tell(
-                Outcome(
-                    kind="held", version=held.manifest.version, items_only=False, manifest=held.manifest, seconds={},
-                    reason=held.reason, scores=held.scores,
-                )  # fmt: skip
-            )
-        except OnHold as error:
-            self._say(Trouble(kind="hold", text=str(error)))
-            return 1.0
-        except (OneRecError, OSError) as error:
-            self._say(Trouble(kind="fault", text=str(error)))
-            self._backoff, wait = min(2 * self._backoff, LONGEST_BACKOFF), self._backoff
-            return wait
-        return POLL_SECONDS
-
-    def _publish_what_is_new(self) -> None:
-        now = self._clock()
-        step = self._publisher.newest_step()
+    def _look(self) -> None:
+        """Publishes at most one version."""
+        now, step = self._clock(), self._publisher.newest_step()
         if step is None:
-            self._say(Trouble(kind="waiting", text=f"waiting for the first checkpoint in {self._publisher.export.run_dir}"))
+            where = self._publisher.export.run_dir
+            self._say(Trouble(kind="waiting", text=f"waiting for the first checkpoint in {where}"), "lock")
             return
-        newer = step != self._settled and now >= self._due
-        items = not newer and now >= self._items_due
-        if not (newer or items):
+        newer = step != self._settled and now >= (self._retry if step == self._failed else self._due)
+        if not newer and now < self._items_due:
             return
         if self._server is not None and not self._answers(self._server):
-            self._say(Trouble(kind="waiting", text=f"waiting for Triton at {self._server}"))
+            self._say(Trouble(kind="waiting", text=f"waiting for Triton at {self._server}"), "lock")
+            return
+        self._over("lock")
+        work: Work = "checkpoint" if newer else "items"
+        try:
+            if newer:
+                self._due = now + self._every
+                outcome: Outcome | None = self._publisher.publish(step)
+            else:
+                self._items_due = now + self._items_every
+                outcome = self._publisher.publish_items()
+        except HeldBack as held:
+            outcome = _held(held)
+        except OnHold as error:
+            self._say(Trouble(kind="hold", text=str(error)), work)
+            self._failed, self._retry = step, now + FIRST_BACKOFF
+            return
+        except (OneRecError, OSError) as error:
+            self._say(Trouble(kind="fault", text=str(error)), work)
+            if newer:
+                self._failed, self._retry = step, now + self._backoff
+            else:
+                self._items_due = now + max(self._backoff, self._items_every)
+            self._backoff = min(2 * self._backoff, LONGEST_BACKOFF)
             return
         if newer:
-            self._due = now + self._every
-            outcome: Outcome | None = self._publisher.publish(step)
             self._settled = step
-        else:
-            self._items_due = now + self._items_every
-            outcome = self._publisher.publish_items()
-        self._over()
+        self._over(work)
         if outcome is not None:
             # A version of a checkpoint brings the newest items along.
             self._items_due = now + self._items_every
@@ -125,25 +129,23 @@ class Follower:
 
     @staticmethod
     def _answers(server: str) -> bool:
-        # A new connection: gRPC lets one that has failed for long rest for minutes.
         with Client(server, timeout=2.0) as client:
             return client.alive()
 
-    def _say(self, trouble: Trouble) -> None:
-        if trouble != self._trouble:
-            self._trouble = trouble
+    def _say(self, trouble: Trouble, work: Work) -> None:
+        if self._trouble is None or trouble != self._trouble[0]:
+            self._trouble = trouble, work
             self._complain(trouble)
 
-    def _over(self) -> None:
-        self._backoff = FIRST_BACKOFF
-        if self._trouble is not None:
-            self._trouble = None
+    def _over(self, work: Work) -> None:
+        """The trouble of one kind of work is over; that of another may well last."""
+        if self._trouble is not None and self._trouble[1] == work:
+            self._trouble, self._backoff = None, FIRST_BACKOFF
             self._complain(None)
 
-    def _rest(self, seconds: float, each: Callable[[], None]) -> None:
-        until, step = self._clock() + seconds, self._publisher.newest_step()
-        while not self._stopped() and (left := until - self._clock()) > 0:
-            self._sleep(min(left, POLL_SECONDS))
-            each()
-            if self._publisher.newest_step() != step:
-                break  # what comes may be sound where the one before was not
+
+def _held(held: HeldBack) -> Outcome:
+    return Outcome(
+        kind="held", version=held.manifest.version, items_only=False, manifest=held.manifest, seconds={},
+        reason=held.reason, scores=held.scores,
+    )  # fmt: skip

@@ -304,12 +304,12 @@ class Repository:
         """Every version that is or was here, newest first."""
         events: dict[int, Event] = {event.version: event for event in self.events()}
         present = self.versions()
+        folders = {version: parent / str(version) for parent in (self.rejected, self.held, self.model)
+                   for version in _numbers(parent)}  # fmt: skip
         found = []
         for version in sorted({*events, *present}, reverse=True):
             last = events.get(version)
-            held = last is not None and last.event == "held"
-            aside = (self.held if held else self.rejected) / str(version)
-            manifest = manifest_or_none(self.folder(version) if version in present else aside)
+            manifest = manifest_or_none(folders[version]) if version in folders else None
             if version in present:
                 place = len(present) - 1 - present.index(version)
                 state = ("serving", "previous")[place] if place < SERVED_VERSIONS else "kept"

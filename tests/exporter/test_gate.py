@@ -92,8 +92,9 @@ def test_weights_that_are_no_numbers_are_held_back_and_nobody_can_promote_them(w
 
 def test_a_slow_candidate_is_held_back_even_as_the_first(world: World) -> None:
     world.checkpoint(1)
-    with world.publisher(latency_ms=1e-3) as publisher, pytest.raises(HeldBack, match=r"no version is served.*gate\.latency_ms"):
-        publisher.publish()
+    with world.publisher(latency_ms=1e-3) as publisher:
+        with pytest.raises(HeldBack, match=r"no version is served.*gate\.latency_ms"):
+            publisher.publish()
     assert Repository(world.repository).versions() == []
 
 
