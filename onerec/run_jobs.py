@@ -24,6 +24,8 @@ GOOD_SESSIONS_PER_EVENT: Final = 0.035
 """Measured on simulated worlds: high-quality sessions for each event."""
 SCORED_PER_SECOND: Final = 1.0
 """Test-then-train at live pace: a search for each scored session is a third of the trainer's work at its usual share."""
+PUBLISHER_LEAD: Final = 0.8
+"""Checkpoints set the pace. A publisher with the same period would let each wait, by as much as they are out of phase."""
 TRAINER_NICE: Final = 5
 """The trainer gives way to what users wait for: events on their way into histories, and answers."""
 
@@ -134,8 +136,8 @@ def run_jobs(plan: Plan) -> list[Job]:
     jobs += [
         # At once, so that all its libraries are loaded when the first checkpoint comes.
         Job(name="publish", ready=plan.state.is_dir, retry_user_errors=True, command=command(
-            "publish", "--follow", "--run", plan.run_dir, *triton, *options_of({"publish.every_s": plan.publish_every}),
-            *shared)),
+            "publish", "--follow", "--run", plan.run_dir, *triton,
+            *options_of({"publish.every_s": PUBLISHER_LEAD * plan.publish_every}), *shared)),
         Job(name="monitor", ready=plan.state.is_dir, retry_user_errors=True,
             command=command("monitor", *folders, *triton, *shared)),
     ]
