@@ -33,10 +33,11 @@ import orjson
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.publish import save, timed_publish
+from benchmarks.publish import save
 from benchmarks.replay import make_log
 from exporter.client import Client
 from exporter.publish import load_repository
+from exporter.publisher import publish
 from exporter.server import TritonServer
 from onerec.config import Config
 from streaming.replay import Replay
@@ -214,7 +215,7 @@ def serving_rounds(folder: Path, rounds: int, seconds: float) -> dict[str, Any]:
     with TritonServer(repository, state) as server:
         with Client(server.url, timeout=60) as client:
             load_repository(repository, client)
-        timed_publish(run, repository, server.url)
+        publish(run, repository, server=server.url)
         asked(server.url, histories, min(3.0, seconds))
         for number in range(rounds):
             pair = {}
