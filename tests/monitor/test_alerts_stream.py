@@ -77,7 +77,7 @@ def test_a_stream_that_is_killed_is_down_and_lags_until_it_is_back(system: Syste
         prometheus.wait_for_end(alert)
     system.replay.send(signal.SIGKILL)
     assert prometheus.wait_for("OneRecProcessDown") == "1 of replay is down"
-    assert "histories fell behind by" in prometheus.wait_for("OneRecLagRising")
+    assert "histories falls behind by" in prometheus.wait_for("OneRecLagRising")
     system.start_replay()
     prometheus.wait_for_end("OneRecProcessDown")
     prometheus.wait_for_end("OneRecLagRising")
