@@ -32,16 +32,14 @@ def _always() -> bool:
 class Job(msgspec.Struct, frozen=True, kw_only=True):
     """One command to keep going.
 
-    `once` is restarted until it succeeds, `service` whenever it ends, `periodic` runs every `every_s` seconds, never
-    twice at a time. None starts before `ready()` says so. Exit status 2 means that the request itself is wrong, which
-    no restart mends: it ends the whole run unless `retry_user_errors`. One that `outlives` the others is stopped after them.
-    `nice`: by how much it gives way to the others.
+    `once` is restarted until it succeeds, `service` whenever it ends. None starts before `ready()` says so. Exit status 2 means
+    that the request itself is wrong, which no restart mends: it ends the whole run unless `retry_user_errors`. One that
+    `outlives` the others is stopped after them. `nice`: by how much it gives way to the others.
     """
 
     name: str
     command: tuple[str, ...]
-    kind: Literal["once", "service", "periodic"] = "service"
-    every_s: float = 0.0
+    kind: Literal["once", "service"] = "service"
     ready: Callable[[], bool] = _always
     retry_user_errors: bool = False
     outlives: bool = False
@@ -105,18 +103,14 @@ class Supervisor:
         return {child.job.name: child.process.pid for child in self._children if child.process is not None}
 
     def up(self) -> dict[str, bool]:
-        """Whether each child runs, for those that have been started, should go on, and are not periodic."""
+        """Whether each child runs, for those that have been started and are not done."""
         return {
-            child.job.name: child.process is not None
-            for child in self._children
-            if child.runs and not child.done and child.job.kind != "periodic"
+            child.job.name: child.process is not None for child in self._children if child.runs and not child.done
         }
 
     def restarts(self) -> dict[str, int]:
-        """How often each child that was started has been started again; not of periodic ones."""
-        return {
-            child.job.name: child.runs - 1 for child in self._children if child.runs and child.job.kind != "periodic"
-        }
+        """How often each child that was started has been started again."""
+        return {child.job.name: child.runs - 1 for child in self._children if child.runs}
 
     def done(self, name: str) -> bool:
         """Whether a `once` job has succeeded."""
@@ -151,8 +145,7 @@ class Supervisor:
             raise Failure(f"{job.name} cannot be started: {error.strerror} ({error.filename})") from None
         child.started_at = self._clock()
         child.runs += 1
-        if job.kind != "periodic" or child.runs == 1:
-            self._say(f"{job.name} started (pid {child.process.pid})")
+        self._say(f"{job.name} started (pid {child.process.pid})")
 
     def _reap(self, child: _Child, status: int) -> None:
         job = child.job
@@ -163,16 +156,11 @@ class Supervisor:
             child.done = True
             self._say(f"{job.name} is done")
             return
-        if status == 0 and job.kind == "periodic":
-            child.not_before = max(now, child.started_at + job.every_s)
-            child.backoff = FIRST_BACKOFF
-            return
         if status == 2 and not job.retry_user_errors:
             raise UserError(f"{job.name} refused its request:\n{self._tail(job.name)}")
         if now - child.started_at >= SOUND_SECONDS:
             child.backoff = FIRST_BACKOFF
-        wait = max(child.backoff, child.started_at + job.every_s - now)
-        child.not_before = now + wait
+        wait, child.not_before = child.backoff, now + child.backoff
         child.backoff = min(2 * child.backoff, LONGEST_BACKOFF)
         ended = f"was killed by {signal.Signals(-status).name}" if status < 0 else f"ended with status {status}"
         self._say(f"{job.name} {ended}; again in {wait:.0f} s; see {self.log_path(job.name)}")

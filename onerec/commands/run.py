@@ -77,9 +77,13 @@ def _live_world(rate: float, users: int | None, run_dir: Path) -> LiveConfig:
     return live
 
 
-def _free_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as found:
-        return int(found.getsockname()[1])
+def _page_port(wanted: int) -> int:
+    """The port wanted for the page, or a free one for 0. UserError where it is taken."""
+    try:
+        with socket.create_server(("127.0.0.1", wanted)) as found:
+            return int(found.getsockname()[1])
+    except OSError as error:
+        raise UserError(f"--dashboard-port {wanted}: {error.strerror}; name another, or 0 for a free one") from None
 
 
 def run(
@@ -159,7 +163,7 @@ def run(
     ports = None if server else choose_ports(Ports(http=http_port, grpc=grpc_port, metrics=triton_metrics_port),
                                              metrics_option="triton-metrics")
     address = f"{ports.host}:{ports.grpc}" if ports else str(server)
-    page_port = dashboard_port or _free_port() if dashboard else None
+    page_port = _page_port(dashboard_port) if dashboard else None
     own = RunMetrics()
     federation = None if metrics_port is None else Federation(
         run_dir / "metrics", metrics_port, host=configuration.metrics.host, own=own.page, done=own.done,

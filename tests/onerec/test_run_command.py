@@ -99,7 +99,7 @@ def test_run_refuses_what_it_cannot_do(tmp_path: Path, words: list[str], said: s
     assert said in result.stderr
 
 
-@pytest.mark.parametrize("option", ["--grpc-port", "--triton-metrics-port", "--metrics-port"])
+@pytest.mark.parametrize("option", ["--grpc-port", "--triton-metrics-port", "--metrics-port", "--dashboard-port"])
 def test_run_names_the_option_of_a_port_that_is_taken(tmp_path: Path, option: str) -> None:
     places = ["--state", tmp_path / "s", "--run", tmp_path / "r", "--repository", tmp_path / "m"]
     with socket.create_server(("127.0.0.1", 0)) as taken:

@@ -80,14 +80,33 @@ def test_a_wrong_request_stops_the_run_with_its_reason(tmp_path: Path) -> None:
         until(lambda: False, supervisor.step)
 
 
-def test_a_periodic_job_keeps_its_interval_and_never_overlaps(tmp_path: Path) -> None:
-    mark = tmp_path / "marks"
-    code = f"open({str(mark)!r}, 'a').write('x')"
-    job = Job(name="tick", command=(sys.executable, "-c", code), kind="periodic", every_s=0.5)
+def test_what_runs_and_how_often_it_was_started_again_is_told(tmp_path: Path) -> None:
+    jobs = [Job(name="nap", command=SLEEPER), Job(name="ok", command=fails(0), kind="once"),
+            Job(name="later", command=SLEEPER, ready=lambda: False)]
+    now = [0.0]
+    with Supervisor(jobs, tmp_path, say=print, clock=lambda: now[0]) as supervisor:
+        assert supervisor.up() == supervisor.restarts() == {}
+        until(lambda: supervisor.done("ok"), supervisor.step)
+        assert supervisor.up() == {"nap": True}
+        os.kill(supervisor.pids()["nap"], signal.SIGKILL)
+        until(lambda: supervisor.up() == {"nap": False}, supervisor.step)
+        now[0] += 100
+        until(lambda: supervisor.up() == {"nap": True}, supervisor.step)
+        assert supervisor.restarts() == {"nap": 1, "ok": 0}
+
+
+def test_a_job_gives_way_as_much_as_it_should(tmp_path: Path) -> None:
+    code = (
+        "import os, pathlib\nprint(os.nice(0))\n"
+        "group = pathlib.Path('/proc/self/autogroup')\nprint(group.read_text() if group.exists() else 'nice 3')"
+    )
+    job = Job(name="low", command=(sys.executable, "-c", code), kind="once", nice=3)
     with Supervisor([job], tmp_path, say=print) as supervisor:
-        began = time.monotonic()
-        until(lambda: mark.exists() and len(mark.read_text()) >= 4, supervisor.step)
-        assert time.monotonic() - began >= 1.5
+        until(lambda: supervisor.done("low"), supervisor.step)
+        log = supervisor.log_path("low").read_text()
+    niceness, group = [line for line in log.splitlines() if line.strip()][-2:]
+    assert int(niceness) == min(19, os.nice(0) + 3)
+    assert group.endswith("nice 3")
 
 
 def test_a_job_waits_until_it_is_ready(tmp_path: Path) -> None:
