@@ -101,3 +101,16 @@ FAMILIES: Final[dict[str, Family]] = {
         "gauge", "Population stability index against the reference window: codes, watch_time, event_mix", ("feature",)),
     "onerec_unseen_item_share": Family("gauge", "Share of the newest items watched that the reference window has not"),
 }
+
+
+def table() -> str:
+    """The list as a Markdown table, as docs/metrics.md holds it: `python -m onerec.monitor.families` prints it."""
+    lines = ["| metric | kind | meaning |", "|---|---|---|"]
+    for name, family in FAMILIES.items():
+        labels = f"{{{','.join(family.labels)}}}" if family.labels else ""
+        lines.append(f"| `{name}{labels}` | {family.kind} | {family.help} |")
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    print(table())
