@@ -22,7 +22,7 @@ from exporter.release import HeldBack
 from exporter.steps import Report, silent, timed
 from onerec.errors import UserError
 from onerec.versions import code_version
-from trainer.config import BeamConfig, RewardConfig
+from trainer.config import BeamConfig, ModelConfig, RewardConfig, RewardModelConfig
 
 if TYPE_CHECKING:
     import torch
@@ -273,6 +273,30 @@ def find_template(plan: GraphPlan, templates: Path, *, report: Report = silent, 
             ensure_cpu_graph(ensure_template(plan, templates))
             bundle.sync_tree(folder)
     return folder
+
+
+def make_templates(
+    model: ModelConfig, reward: RewardModelConfig | None, width: int, templates: Path, scratch: Path, *,
+    report: Report = silent,
+) -> None:  # fmt: skip
+    """Trace the templates that a run's versions will need, before its first checkpoint; each appears whole.
+
+    `scratch` is a folder for this process alone: whoever starts a server meanwhile clears half templates away.
+    """
+    from exporter.onnx_graph import search_plan
+    from exporter.optimise import CPU_TEMPLATE
+    from exporter.reward_graph import reward_plan
+    from exporter.weights import template_key
+
+    plans = [("", search_plan(model, width)), *([("reward ", reward_plan(reward))] if reward else [])]
+    shutil.rmtree(scratch, ignore_errors=True)
+    for name, plan in plans:
+        wanted = templates / template_key(plan)
+        if not (wanted / CPU_TEMPLATE).exists():
+            made = find_template(plan, scratch, report=report, name=name)
+            shutil.rmtree(wanted, ignore_errors=True)
+            made.rename(wanted)
+    shutil.rmtree(scratch, ignore_errors=True)
 
 
 def _load(export: Export) -> tuple[Checkpoint, OneRec, RewardModel | None]:

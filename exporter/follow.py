@@ -89,6 +89,7 @@ class Follower:
         if step is None:
             where = self._publisher.export.run_dir
             self._say(Trouble(kind="waiting", text=f"waiting for the first checkpoint in {where}"), "lock")
+            self._prepare()
             return
         newer = step != self._settled and now >= (self._retry if step == self._failed else self._due)
         if not newer and now < self._items_due:
@@ -126,6 +127,12 @@ class Follower:
             # A version of a checkpoint brings the newest items along.
             self._items_due = now + self._items_every
             self._tell(outcome)
+
+    def _prepare(self) -> None:
+        try:
+            self._publisher.prepare()
+        except (OneRecError, OSError):
+            pass  # whatever it is, the first version will meet it and say so
 
     @staticmethod
     def _answers(server: str) -> bool:

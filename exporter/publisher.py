@@ -17,7 +17,7 @@ import msgspec
 
 from exporter import bundle
 from exporter.bundle import GateScores, Manifest
-from exporter.export import Expected, Export, build_bundle, state_of_run
+from exporter.export import Expected, Export, build_bundle, make_templates, state_of_run
 from exporter.publish import publish_bundle
 from exporter.release import HeldBack, check_hold, held_versions, note_first
 from exporter.repository import Repository, manifest_or_none
@@ -30,6 +30,7 @@ from onerec.versions import code_version
 from trainer.checkpoint import checkpoint_steps
 from trainer.config import BeamConfig, RewardConfig
 from trainer.reward_weights import tower_weights
+from trainer.runs import read_run
 
 if TYPE_CHECKING:
     from exporter.gate import Gate
@@ -107,6 +108,7 @@ class Publisher(Closing):
         self._server, self._config = server, config or RecommendConfig()
         self._settings, self._now, self._report = gate or GateConfig(), now, report
         self._wanted: int | None = None
+        self._prepared = False
         self._gate: Gate | None = None
         self._reader: Reader | None = None
         self._catalogue: Catalogue | None = None
@@ -120,6 +122,18 @@ class Publisher(Closing):
     def alone(self) -> AbstractContextManager[None]:
         """Keeps other publishers away while the block lasts; Failure naming the one that is at work."""
         return self.place.publisher()
+
+    def prepare(self) -> None:
+        """Trace the graph that the run's versions will need, so that its first checkpoint is not kept waiting for it.
+
+        Does nothing before the run was begun, and nothing twice.
+        """
+        if self._prepared or (run := read_run(self.export.run_dir)) is None:
+            return
+        self._prepared = True
+        make_templates(
+            run.model, run.reward_model, self.export.width, self.place.templates, self.place.tracing, report=self._report
+        )
 
     def newest(self) -> Manifest | None:
         """The newest version in the repository."""

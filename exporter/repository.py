@@ -76,6 +76,7 @@ class Repository:
         self.rejected = private / "rejected"
         self.held = private / "held"
         self.templates = private / "templates"
+        self.tracing = private / "tracing"
         self._journal = private / "versions.jsonl"
         self._lock = private / "lock"
         self._publisher = private / "publisher"

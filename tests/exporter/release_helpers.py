@@ -12,6 +12,7 @@ import torch
 from exporter.bundle import link
 from exporter.export import Export
 from exporter.publisher import Publisher
+from exporter.steps import Report, silent
 from onerec.config import Config
 from onerec.monitor.settings import GateConfig
 from streaming.items import ItemRecord
@@ -99,9 +100,10 @@ class World:
     def export(self) -> Export:
         return Export(run_dir=self.run, width=WIDTH, threads=1)
 
-    def publisher(self, server: str | None = None, **gate: float) -> Publisher:
+    def publisher(self, server: str | None = None, report: Report = silent, **gate: float) -> Publisher:
         """A publisher of this run."""
-        return Publisher(self.export, self.repository, server=server, gate=GateConfig(**{"sessions": 16, "legal": 2, **gate}))  # type: ignore[arg-type]
+        settings = GateConfig(**{"sessions": 16, "legal": 2, **gate})  # type: ignore[arg-type]
+        return Publisher(self.export, self.repository, server=server, gate=settings, report=report)
 
     def checkpoint(self, step: int, *, seed: int = 1, sequence: int = SESSIONS, change: Change | None = None) -> Checkpoint:
         """An untrained small model as the checkpoint of a step, its weights changed by `change`."""

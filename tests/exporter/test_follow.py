@@ -5,11 +5,13 @@ from __future__ import annotations
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import pytest
 from release_helpers import WIDTH, World, add_items, noise
@@ -24,7 +26,11 @@ from exporter.publisher import Outcome, Publisher
 from exporter.release import status
 from exporter.repository import Repository
 from exporter.server import TritonServer
+from exporter.tracing import GraphPlan
+from exporter.weights import template_key
 from onerec.errors import Failure, UserError
+from trainer.config import PreferenceConfig, RewardConfig, TrainConfig
+from trainer.runs import Run, write_run
 
 Act = Callable[[], object]
 
@@ -72,6 +78,34 @@ def test_checkpoints_are_followed_as_they_appear_but_not_more_often_than_asked(w
     assert story.said == [f"waiting for the first checkpoint in {world.run}", None]
     found = [outcome.sequences for _, outcome in story.outcomes]
     assert found == [None, (24, 24), (24, 24)], "sessions that are new, (after, up to]"
+
+
+def test_the_graph_is_traced_while_the_first_checkpoint_is_waited_for(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = world.checkpoint(1)
+    shutil.rmtree(made.path)
+    whole = shutil.move(world.repository / ".onerec" / "templates", world.repository / "traced")
+
+    def trace(plan: GraphPlan, templates: Path, **_: object) -> Path:
+        """Tracing takes 20 s; the very same template is copied."""
+        return Path(shutil.copytree(Path(whole) / template_key(plan), templates / template_key(plan)))
+
+    run = Run(
+        state=str(world.state), codebook_version=made.codebook_version, model=made.model_config, config=TrainConfig(),
+        precision="fp32", reward=RewardConfig(), reward_model=None, preference=PreferenceConfig(),
+    )  # fmt: skip
+    steps: list[str] = []
+    with world.publisher(report=lambda step, seconds: steps.append(step)) as publisher:
+        with monkeypatch.context() as patched:
+            patched.setattr("exporter.export.find_template", trace)
+            Story(publisher, until=3, acts={1: lambda: write_run(world.run, run)})
+        place = Repository(world.repository)
+        assert [entry.name for entry in place.templates.iterdir()] == os.listdir(whole)
+        assert not place.tracing.exists()
+        world.checkpoint(1)
+        assert Story(publisher, until=1).published == [(0, 1, False)]
+    assert "seal" in steps and "template" not in steps
 
 
 def test_new_items_are_published_in_between_with_the_very_same_graph_and_weights(world: World) -> None:
@@ -206,7 +240,7 @@ class Process:
 
     def end(self, number: int) -> int:
         self._process.send_signal(number)
-        return self._process.wait(30)
+        return self._process.wait(300)
 
 
 @pytest.fixture
@@ -246,7 +280,7 @@ def test_a_following_process_killed_at_any_moment_leaves_whole_versions_and_its_
             assert client.recommend(history=[]).model_version <= place.versions()[-1]
         process = Process(world, server.url)
         processes.append(process)
-        deadline = time.monotonic() + 60
+        deadline = time.monotonic() + 300
         while bundle.read_manifest(place.folder(place.versions()[-1])).step < step or status(world.repository).serving is None:
             assert time.monotonic() < deadline
             time.sleep(POLL_SECONDS)
