@@ -24,6 +24,8 @@ GOOD_SESSIONS_PER_EVENT: Final = 0.035
 """Measured on simulated worlds: high-quality sessions for each event."""
 SCORED_PER_SECOND: Final = 1.0
 """Test-then-train at live pace: a search for each scored session is a third of the trainer's work at its usual share."""
+LINGER_MS: Final = 100
+"""At live pace transactions are what Kafka's cores are spent on; each hand-off waits twice as long as usual for its batch."""
 PUBLISHER_LEAD: Final = 0.8
 """Checkpoints set the pace. A publisher with the same period would let each wait, by as much as they are out of phase."""
 TRAINER_NICE: Final = 5
@@ -73,10 +75,18 @@ def options_of(settings: Mapping[str, object]) -> list[str]:
     return [part for name, value in settings.items() for part in ("--set", f"{name}={value}")]
 
 
-def live_settings(live: LiveConfig) -> dict[str, object]:
-    """What all children must know of a world at live pace; of its many sessions a smaller share is scored than of a log's."""
-    scored = round(min(TrainConfig().score_share, SCORED_PER_SECOND / (live.rate * GOOD_SESSIONS_PER_EVENT)), 3)
-    return {**scaled_settings(live.factor), "freshness.clock": "live", "train.score_share": scored}
+def live_settings(live: LiveConfig, preset: str, kafka: bool) -> dict[str, object]:
+    """What all children must know of a world at live pace, and what lets one machine keep up with it."""
+    found: dict[str, object] = {**scaled_settings(live.factor), "freshness.clock": "live"}
+    found["train.score_share"] = round(
+        min(TrainConfig().score_share, SCORED_PER_SECOND / (live.rate * GOOD_SESSIONS_PER_EVENT)), 3)
+    if preset == "tiny":
+        # Two threads of so small a model wait for each other: 134 sessions/s instead of 156, and twice the processor time
+        # where other parts want the cores too.
+        found["train.threads"] = 1
+    if kafka:
+        found["kafka.linger_ms"] = LINGER_MS
+    return found
 
 
 def throttled(question: Callable[[], bool], seconds: float = LOOK_SECONDS) -> Callable[[], bool]:

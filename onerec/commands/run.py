@@ -151,7 +151,7 @@ def run(
     _check(simulate=simulate, files=bool(files), rate=rate, users=users, speed=speed, bootstrap=bootstrap, kafka=kafka,
            positive={"--publish-every": publish_every, "--duration": duration, "--speed": speed, "--rate": rate})
     live = _live_world(rate, users, run_dir) if rate is not None else None
-    paced = live_settings(live) if live else {}
+    paced = live_settings(live, preset, kafka) if live else {}
     given = [*options_of(paced)[1::2], *(settings or [])]
     configuration = load_config(config, given, bootstrap)
     cluster = configuration.kafka
