@@ -113,6 +113,7 @@ def train(
     say: Callable[[str], None] = lambda text: None,
     progress: Callable[[Progress], None] = lambda progress: None,
     saved: Callable[[Checkpoint], None] = lambda checkpoint: None,
+    ready: Callable[[], None] = lambda: None,
     ranks: Ranks | None = None,
 ) -> Result:
     """Learn the log's high-quality sessions from where the run stands; with `follow` until `stopped()`.
@@ -120,8 +121,8 @@ def train(
     `explicit`: settings, as `train.preset`, that the user gave himself: a run that was begun with others refuses them. The
     catalogue is built where there is none. Same log, journal, pairs and settings: same weights, byte for byte, wherever
     the process was killed between (CPU). Preference pairs are taken from RUN/pairs as a sampler writes them; the trainer
-    never waits for one. `saved` is given the checkpoint that the run goes on from, then each one written. Raises UserError,
-    Failure as the parts do.
+    never waits for one. `saved` is given the checkpoint that the run goes on from, then each one written; `ready`
+    is called once, when the first batch can be read. Raises UserError, Failure as the parts do.
     """
     ranks = ranks or Ranks(device="cuda" if torch.cuda.is_available() else "cpu")
     leader = Leader(ranks)
@@ -134,7 +135,7 @@ def train(
                 raise UserError(_no_sessions(reader, state_dir))
             run = _begin(state_dir, run_dir, reader, config, say, ranks.device)
         run = settled(run, run_dir, state_dir, config, explicit)
-        return _Trainer(state_dir, run_dir, run, reader, say, ranks, leader, saved).run(follow, stopped, progress)
+        return _Trainer(state_dir, run_dir, run, reader, say, ranks, leader, saved).run(follow, stopped, progress, ready)
 
 
 def _begin(
@@ -269,7 +270,7 @@ class _Trainer:
         self._spent_ms = self._counters["cpu_ms"] - int(1000 * time.process_time())
 
     def run(
-        self, follow: bool, stopped: Callable[[], bool], progress: Callable[[Progress], None]
+        self, follow: bool, stopped: Callable[[], bool], progress: Callable[[Progress], None], ready: Callable[[], None]
     ) -> Result:
         """Learn until the log ends, or without end; a checkpoint every so often and at the end."""
         settings, checkpoint = self._settings, self._checkpoint
@@ -308,6 +309,7 @@ class _Trainer:
             sleep=rest,
         )
         began = time.monotonic()
+        ready()
         while not stopped():
             batch = batches.next(step + 1)
             if batch is None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -68,6 +69,7 @@ def train(
 
     Example: `onerec train --state state --run run --preset small --plot curve.png`
     """
+    began = time.monotonic()
     asked = [*(settings or []), *([f'train.preset="{preset}"'] if preset else [])]
     configuration = load_config(config, asked)
     if plot is not None and not plot.resolve().parent.is_dir():
@@ -109,6 +111,7 @@ def train(
                     say=lambda text: err.print(text, highlight=False),
                     progress=progress,
                     saved=watch.saved,
+                    ready=lambda: watch.ready(time.monotonic() - began),
                     ranks=ranks,
                 )
         lines = read_metrics(run / METRICS_FILE)

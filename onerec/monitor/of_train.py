@@ -86,6 +86,10 @@ class TrainMetrics:
         for outcome in OUTCOMES:
             metrics.counter("onerec_pairs_total").labels(outcome=outcome)
 
+    def ready(self, seconds: float) -> None:
+        """The trainer can learn, so long after its start."""
+        self._metrics.gauge("onerec_recovery_seconds").set(seconds)
+
     def step(self, progress: Progress) -> None:
         """A step is done."""
         metrics, line = self._metrics, progress.line

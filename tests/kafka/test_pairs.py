@@ -119,6 +119,9 @@ def test_a_killed_sampler_and_copier_lose_no_session_and_double_none(
     finally:
         process.kill()
     assert process.returncode == 0, error.decode()
+    with PairReader(pairs_path(run)) as reader:
+        assert {r.session_id: r.ended for r in reader.read(0, 10_000)} == {s.session_id: s.end for s in sessions
+                                                                           if s.session_id in wanted}
     found = read(run)
     assert len(found) == len(set(found)) and set(found) == wanted
     assert sorted(in_topic(config)) == sorted(found)

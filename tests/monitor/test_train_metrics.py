@@ -227,4 +227,5 @@ def test_the_command_keeps_its_metrics_until_they_are_read(state: Path, tmp_path
         found = next(match[1] for text in said if (match := re.search(r"stay on http://([\d.:]+)/metrics", text)))
         scrape = Scrape(found)
         assert process.wait(timeout=30) == 0
+    assert scrape["onerec_recovery_seconds"] > 0
     assert scrape["onerec_train_sessions_total"] == latest_checkpoint(tmp_path / "run").counters["sessions"]
