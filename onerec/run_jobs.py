@@ -81,8 +81,7 @@ def live_settings(live: LiveConfig, preset: str, kafka: bool) -> dict[str, objec
     found["train.score_share"] = round(
         min(TrainConfig().score_share, SCORED_PER_SECOND / (live.rate * GOOD_SESSIONS_PER_EVENT)), 3)
     if preset == "tiny":
-        # Two threads of so small a model wait for each other: 134 sessions/s instead of 156, and twice the processor time
-        # where other parts want the cores too.
+        # Two threads of so small a model wait for each other: 134 sessions/s instead of 156, for a sixth more processor time.
         found["train.threads"] = 1
     if kafka:
         found["kafka.linger_ms"] = LINGER_MS
