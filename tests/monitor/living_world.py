@@ -20,23 +20,22 @@ class World(Closing):
     """Writes a session of `watches` every so many seconds, until it is closed, after `past` sessions at the same pace.
 
     A user watches neighbouring items, and again what he watched before; every tenth session follows a new item, and has it.
-    `watch_ms`: how long users watch.
+    `watch_ms`: how long users watch; `broken`: a broken line with every session.
     """
 
     def __init__(self, log: Path, *, every_s: float = 0.1, past: int = 0, watches: int = 3) -> None:
         self.watch_ms: tuple[int, ...] = USUAL_MS
+        self.broken = False
         self._log, self._watches, self._every_s = log, watches, every_s
-        self._lock = threading.Lock()
         self._ended = threading.Event()
         self._turns = itertools.count()
         now = self._now()
-        self.write(*(line for back in range(past, 0, -1) for line in self._session(now - int(back * every_s * 1000))))
+        self._write(line for back in range(past, 0, -1) for line in self._session(now - int(back * every_s * 1000)))
         self._thread = threading.Thread(target=self._live)
         self._thread.start()
 
-    def write(self, *lines: str) -> None:
-        """At the end of the log."""
-        with self._lock, self._log.open("a") as file:
+    def _write(self, lines: Iterable[str]) -> None:
+        with self._log.open("a") as file:
             file.write("".join(f"{line}\n" for line in lines))
 
     @staticmethod
@@ -45,6 +44,8 @@ class World(Closing):
 
     def _session(self, ms: int) -> Iterable[str]:
         turn = next(self._turns)
+        if self.broken:
+            yield '{"type":"watch"'
         user, visit = turn % USERS, turn // USERS
         items = [f"v{(user + 2 * visit + place) % ITEMS}" for place in range(self._watches)]
         if turn % 10 == 9:
@@ -58,7 +59,7 @@ class World(Closing):
 
     def _live(self) -> None:
         while not self._ended.wait(self._every_s):
-            self.write(*self._session(self._now()))
+            self._write(self._session(self._now()))
 
     def close(self) -> None:
         """The end of the world."""

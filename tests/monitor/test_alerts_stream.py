@@ -11,9 +11,10 @@ import pytest
 from living_world import USUAL_MS, World
 from prometheus_helpers import Program, Prometheus, free_port, onerec
 
+REFERENCE_SESSIONS = 60
 SETTINGS = [
     "session.gap_ms=400", "stream.max_out_of_orderness_ms=200", "freshness.clock=live", "freshness.objective_s=3",
-    "monitor.reference_sessions=60", "monitor.window_sessions=20", "monitor.every_s=0.5",
+    f"monitor.reference_sessions={REFERENCE_SESSIONS}", "monitor.window_sessions=20", "monitor.every_s=0.5",
 ]  # fmt: skip
 
 
@@ -24,7 +25,7 @@ class System:
         self._folder, self._stack = folder, stack
         self._port = str(free_port())
         self._settings = [word for setting in SETTINGS for word in ("--set", setting)]
-        self.world = stack.enter_context(World(folder / "world.jsonl"))
+        self.world = stack.enter_context(World(folder / "world.jsonl", past=REFERENCE_SESSIONS))
         self.replay = self.start_replay()
         looking = str(free_port())
         stack.enter_context(onerec(
@@ -55,8 +56,9 @@ def system(tmp_path_factory: pytest.TempPathFactory) -> Iterator[System]:
 def test_broken_lines_raise_dead_letters(system: System) -> None:
     prometheus = system.prometheus
     prometheus.wait_for_end("OneRecDeadLetters")
-    system.world.write("{", "no json", '{"type":"watch"}')
+    system.world.broken = True
     assert "of the lines are refused" in prometheus.wait_for("OneRecDeadLetters")
+    system.world.broken = False
     prometheus.wait_for_end("OneRecDeadLetters")
 
 
