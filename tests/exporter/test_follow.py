@@ -34,6 +34,8 @@ from trainer.runs import Run, write_run
 
 Act = Callable[[], object]
 
+pytestmark = pytest.mark.slow
+
 
 class Story:
     """Drives a follower by a clock of its own: `acts` happen at their second, the follower ends at `until`."""
@@ -252,7 +254,6 @@ def processes() -> Iterator[list[Process]]:
         process.end(signal.SIGKILL)
 
 
-@pytest.mark.slow
 def test_a_following_process_killed_at_any_moment_leaves_whole_versions_and_its_successor_goes_on(
     world: World, processes: list[Process], scrape: Callable
 ) -> None:

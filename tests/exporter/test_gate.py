@@ -23,6 +23,8 @@ from streaming.store import Reader
 from trainer.checkpoint import load_model
 from trainer.data import session_examples
 
+pytestmark = pytest.mark.slow
+
 
 def scores_of(world: World, version: int) -> GateScores:
     found = bundle.read_manifest(Repository(world.repository).folder(version)).gate

@@ -17,6 +17,8 @@ from onerec.cli import build
 from onerec.errors import UserError
 from onerec.versions import code_version
 
+pytestmark = pytest.mark.slow
+
 
 def call(*arguments: object) -> str:
     result = CliRunner().invoke(build(), [str(argument) for argument in arguments], catch_exceptions=False)

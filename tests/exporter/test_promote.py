@@ -21,6 +21,8 @@ from exporter.repository import KEEP_VERSIONS, Repository
 from exporter.server import TritonServer
 from onerec.errors import OneRecError, UserError
 
+pytestmark = pytest.mark.slow
+
 
 def hold_one_back(world: World) -> None:
     """Version 1 serves, version 2 is held back."""
@@ -177,7 +179,6 @@ def asks_without_end(url: str, stop: threading.Event, seen: list[int], faults: l
                 faults.append(str(error))
 
 
-@pytest.mark.slow
 def test_no_request_fails_when_several_catalogues_of_bad_weights_are_taken_back(tmp_path: Path) -> None:
     repository = tmp_path / "repository"
     for shift in (1, 2, 2, 2, 2):
