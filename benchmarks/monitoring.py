@@ -6,14 +6,15 @@ Replay: one log into a fresh state, in a process of its own; with nothing measur
 scraped every second. Serving: clients ask a real Triton as fast as it answers; with nobody watching, or with `onerec monitor`
 asking it every second, and its metrics and Triton's own scraped every second. Each round runs both, the order turned from
 round to round; a round's ratio is time (or time a request) with monitoring over that without, and the figure is the median of
-the rounds. Processor seconds are those of the replaying process: they tell the cost where the clock is disturbed by others.
+the rounds. Processor time, of the replaying process and of Triton with the monitor for each request, tells the cost where the
+clock is disturbed by others.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import resource
+import os
 import signal
 import statistics
 import subprocess
@@ -178,12 +179,37 @@ def asked(server: str, histories: list[list[str]], seconds: float) -> float:
     return total / (time.monotonic() - began)
 
 
+def children_cpu() -> float:
+    """Processor seconds so far of the processes below this one that still run."""
+    children: dict[int, list[int]] = {}
+    ticks: dict[int, int] = {}
+    for name in filter(str.isdigit, os.listdir("/proc")):
+        try:
+            fields = Path("/proc", name, "stat").read_text().rpartition(")")[2].split()
+        except OSError:
+            continue
+        children.setdefault(int(fields[1]), []).append(int(name))
+        ticks[int(name)] = int(fields[11]) + int(fields[12])
+    total, left = 0, list(children.get(os.getpid(), []))
+    while left:
+        pid = left.pop()
+        total += ticks[pid]
+        left += children.get(pid, [])
+    return total / os.sysconf("SC_CLK_TCK")
+
+
+def asked_and_cpu(server: str, histories: list[list[str]], seconds: float) -> tuple[float, float]:
+    """Requests a second, and processor seconds of Triton and of whoever watches it for each of them."""
+    before, began = children_cpu(), time.monotonic()
+    rate = asked(server, histories, seconds)
+    return rate, (children_cpu() - before) / (rate * (time.monotonic() - began))
+
+
 @contextmanager
-def watched(state: Path, run: Path, repository: Path, server: TritonServer, folder: Path, cpu: list[float]) -> Iterator[None]:
-    """`onerec monitor` beside the server, both scraped; from its first look at a version on. `cpu` gets its seconds."""
+def watched(state: Path, run: Path, repository: Path, server: TritonServer, folder: Path) -> Iterator[None]:
+    """`onerec monitor` beside the server, both scraped; from its first look at a version on."""
     address = folder / "monitor.address"
     scrapes: list[int] = []
-    before = resource.getrusage(resource.RUSAGE_CHILDREN)
     monitor = subprocess.Popen([
         sys.executable, "-m", "onerec.cli", "monitor", "--state", str(state), "--run", str(run), "--repository",
         str(repository), "--server", server.url, "--metrics-port", "0", "--set", f"metrics.folder={folder}",
@@ -200,8 +226,6 @@ def watched(state: Path, run: Path, repository: Path, server: TritonServer, fold
     finally:
         monitor.send_signal(signal.SIGTERM)
         monitor.wait(60)
-        after = resource.getrusage(resource.RUSAGE_CHILDREN)
-        cpu.append(after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime)
 
 
 def serving_rounds(folder: Path, rounds: int, seconds: float) -> dict[str, Any]:
@@ -210,8 +234,7 @@ def serving_rounds(folder: Path, rounds: int, seconds: float) -> dict[str, Any]:
     run, repository = folder / "run", folder / "repository"
     repository.mkdir()
     save(run, state, "tiny", 1)
-    rates: list[dict[bool, float]] = []
-    cpu: list[float] = []
+    found: list[dict[bool, tuple[float, float]]] = []
     with TritonServer(repository, state) as server:
         with Client(server.url, timeout=60) as client:
             load_repository(repository, client)
@@ -220,16 +243,16 @@ def serving_rounds(folder: Path, rounds: int, seconds: float) -> dict[str, Any]:
         for number in range(rounds):
             pair = {}
             for monitored in (False, True) if number % 2 == 0 else (True, False):
-                with watched(state, run, repository, server, folder, cpu) if monitored else ExitStack():
-                    pair[monitored] = asked(server.url, histories, seconds)
-            rates.append(pair)
+                with watched(state, run, repository, server, folder) if monitored else ExitStack():
+                    pair[monitored] = asked_and_cpu(server.url, histories, seconds)
+            found.append(pair)
             print(f"serving, round {number}: {pair}", file=sys.stderr)
     return {
         "clients": CLIENTS,
-        "requests_per_second": {name: statistics.median(pair[on] for pair in rates)
+        "requests_per_second": {name: statistics.median(pair[on][0] for pair in found)
                                 for name, on in (("without", False), ("with", True))},
-        "monitor_cpu_seconds": statistics.median(cpu),
-        **ratios([pair[False] / pair[True] for pair in rates]),
+        **ratios([pair[False][0] / pair[True][0] for pair in found]),
+        "cpu": ratios([pair[True][1] / pair[False][1] for pair in found]),
     }
 
 
