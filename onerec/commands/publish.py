@@ -300,13 +300,14 @@ def export(
 
 
 def versions(repository: RepositoryOption, server: ServerOption = None, json: JsonOption = False) -> None:
-    """Every version of a repository: its state, the step and event time that it has learnt up to, its age.
+    """Every version of a repository: its state, the step and event time that it has learnt up to, its age, and reasons.
 
-    The state is that of the folders; with `--server`, what Triton says of each version is added.
+    *held* did not pass the release gate, *rejected* was refused by Triton. The state is that of the folders; with `--server`, what Triton says of each version is added.
 
     Example: `onerec versions --repository repository`
     """
     from exporter.client import Client
+    from exporter.release import read_hold
     from exporter.repository import Repository
 
     infos = Repository(repository).infos()
@@ -323,6 +324,9 @@ def versions(repository: RepositoryOption, server: ServerOption = None, json: Js
                   f"--repository {repository}", highlight=False)
         return
     _print_table(infos[:TABLE_ROWS], loaded if server else None)
+    if (hold := read_hold(Repository(repository))) is not None:
+        out.print(f"publishing is on hold since {format_time(hold.at_ms)} UTC: {hold.reason}; go on: onerec promote "
+                  f'--repository {repository} --reason "..."', highlight=False, markup=False, soft_wrap=True)
 
 
 def _print_table(infos: list[VersionInfo], loaded: dict[int, str] | None) -> None:

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from release_helpers import WIDTH, World, add_items, noise
+from release_helpers import SESSIONS, WIDTH, World, add_items, add_sessions, noise
 
 from exporter import bundle
 from exporter.client import Client
@@ -297,6 +297,24 @@ def test_a_following_process_killed_at_any_moment_leaves_whole_versions_and_its_
         assert served("onerec_gate_failed") == served("onerec_publishing_on_hold") == 0
         assert served("onerec_publishes_total", outcome="published") >= 1
         assert served("onerec_publish_interval_seconds") == pytest.approx(0.1)
+        assert served("onerec_age_seconds_count", stage="loaded") is None, "nothing was learnt since the first version answered"
+
+        add_sessions(world.state, range(SESSIONS, SESSIONS + 2))
+        world.checkpoint(step + 1, seed=99, sequence=SESSIONS + 2)
+        good = process.line()
+        assert (good["outcome"], good["step"]) == ("published", step + 1)
+        world.checkpoint(step + 2, change=noise, sequence=SESSIONS + 2)
+        poisoned = process.line()
+        assert (poisoned["outcome"], poisoned["step"]) == ("held", step + 2) and "gate.worse" in poisoned["reason"]
+        assert client.recommend(history=[]).model_version == good["version"], "the one before answers on"
+        served = scrape((world.run / "publish.address").read_text().split()[0])
+        assert served("onerec_gate_failed") == 1 and served("onerec_publishes_total", outcome="held") == 1
+        for stage in ("exported", "loaded"):
+            assert served("onerec_age_seconds_count", stage=stage) == 12, "the watches of two sessions"
+        done = promote(world.repository, reason="only a test", server=server.url)
+        assert done.candidate == poisoned["version"]
+        assert client.recommend(history=[]).model_version == done.version
+        assert answered(world.repository, server.url)[1]["reason"] == "only a test"
         assert process.end(signal.SIGTERM) == 0
     assert not any(place.staging.iterdir())
     assert "rejected" not in [event.event for event in place.events()]

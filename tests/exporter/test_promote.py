@@ -10,6 +10,7 @@ import msgspec
 import pytest
 from release_helpers import World, add_items, noise
 from serving_helpers import FakeCatalogue, expected_session, make_bundle, set_aside
+from typer.testing import CliRunner
 
 from exporter import bundle
 from exporter.client import Client
@@ -19,6 +20,7 @@ from exporter.publish import load_repository, publish_bundle
 from exporter.release import HeldBack, OnHold, status
 from exporter.repository import KEEP_VERSIONS, Repository
 from exporter.server import TritonServer
+from onerec.cli import build as build_cli
 from onerec.errors import OneRecError, UserError
 
 pytestmark = pytest.mark.slow
@@ -122,6 +124,20 @@ def test_a_rolled_back_version_can_be_promoted_again_which_lifts_the_hold(world:
         assert (done.version, done.lifted) == (3, True)
         assert bundle.verify_bundle(Repository(world.repository).folder(3)).weights == taken
         assert publisher.settled_step() == 2, "what was taken back is not published again by itself"
+
+
+def test_versions_says_what_was_held_back_and_that_publishing_is_on_hold(world: World) -> None:
+    def shown() -> str:
+        result = CliRunner().invoke(build_cli(), ["versions", "--repository", str(world.repository)], catch_exceptions=False)
+        return " ".join(result.stdout.split())
+
+    hold_one_back(world)
+    assert "2 held 2" in shown() and "on hold" not in shown()
+    world.checkpoint(3, seed=3)
+    with world.publisher() as publisher:
+        publisher.publish()
+    rollback(world.repository, reason="too many cats")
+    assert "on hold since" in shown() and "UTC: too many cats; go on: onerec promote" in shown()
 
 
 def test_weights_that_were_taken_back_are_not_published_again_by_a_restarted_publisher(world: World) -> None:
