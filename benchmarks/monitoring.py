@@ -4,10 +4,10 @@
 
 Replay: one log into a fresh state, in a process of its own; with nothing measured, or with all metrics counted, served, and
 scraped every second. Serving: clients ask a real Triton as fast as it answers; with nobody watching, or with `onerec monitor`
-asking it every second, and its metrics and Triton's own scraped every second. Each round runs both, the order turned from
-round to round; a round's ratio is time (or time a request) with monitoring over that without, and the figure is the median of
-the rounds. Processor time, of the replaying process and of Triton with the monitor for each request, tells the cost where the
-clock is disturbed by others.
+asking it every `monitor.every_s`, and its metrics and Triton's own scraped every second. Each round runs both, the order turned
+from round to round; a round's ratio is time (or time a request) with monitoring over that without, and the figure is the median
+of the rounds. Processor time, of the replaying process and of Triton with the monitor for each request, tells the cost where
+the clock is disturbed by others.
 """
 
 from __future__ import annotations
@@ -49,6 +49,8 @@ from trainer.presets import PRESETS
 BOUND: Final = 1.03
 """What monitoring may cost at most."""
 SCRAPE_SECONDS: Final = 1.0
+SETTLE_SECONDS: Final = 8.0
+"""After the monitor's first look at a version: it reads the window that drift is held against, once in its life."""
 CLIENTS: Final = 8
 HISTORY: Final = 64
 
@@ -207,7 +209,7 @@ def asked_and_cpu(server: str, histories: list[list[str]], seconds: float) -> tu
 
 @contextmanager
 def watched(state: Path, run: Path, repository: Path, server: TritonServer, folder: Path) -> Iterator[None]:
-    """`onerec monitor` beside the server, both scraped; from its first look at a version on."""
+    """`onerec monitor` beside the server, both scraped, once it has settled."""
     address = folder / "monitor.address"
     scrapes: list[int] = []
     monitor = subprocess.Popen([
@@ -220,6 +222,7 @@ def watched(state: Path, run: Path, repository: Path, server: TritonServer, fold
             if monitor.poll() is not None or time.monotonic() > deadline:
                 raise RuntimeError("onerec monitor has not seen a version")
             time.sleep(0.2)
+        time.sleep(SETTLE_SECONDS)
         pages = [f"http://{address.read_text().split()[0]}/metrics", server.metrics_url]
         with scraping(lambda: pages, scrapes):
             yield
