@@ -302,7 +302,8 @@ def export(
 def versions(repository: RepositoryOption, server: ServerOption = None, json: JsonOption = False) -> None:
     """Every version of a repository: its state, the step and event time that it has learnt up to, its age, and reasons.
 
-    *held* did not pass the release gate, *rejected* was refused by Triton. The state is that of the folders; with `--server`, what Triton says of each version is added.
+    *held* did not pass the release gate, *rejected* was refused by Triton. The state is that of the folders; with
+    `--server`, what Triton says of each version is added.
 
     Example: `onerec versions --repository repository`
     """
