@@ -92,12 +92,6 @@ def exported_mark(repository: Path) -> Mark:
     return Mark() if manifest is None else Mark(manifest.version, manifest.watermark)
 
 
-def exported_step(repository: Path) -> int | None:
-    """The training step that the newest version was made of."""
-    manifest = _newest_manifest(repository)
-    return None if manifest is None else manifest.step
-
-
 def served_mark(server: str) -> Mark:
     """What Triton answers with. Raises Failure where it does not answer."""
     from exporter.client import Client

@@ -157,12 +157,6 @@ class Drift:
         self._window = Window()
         self._read: int | None = None
 
-    @property
-    def collected(self) -> int:
-        """Sessions in the reference, or in what becomes it."""
-        found = self.reference or self._making
-        return found.window.sessions if found is not None else 0
-
     def look(self, log: SessionLog) -> Drifted | None:
         """Take in what is new; None until reference and window are full. A call reads a bounded number of sessions.
 
