@@ -77,6 +77,12 @@ def _live_world(rate: float, users: int | None, run_dir: Path) -> LiveConfig:
     return live
 
 
+def _forget_addresses(run_dir: Path) -> None:
+    """Removes the metrics' addresses that killed parts have left: their ports may be somebody else's by now."""
+    for path in (run_dir / "metrics").glob("*.address"):
+        path.unlink(missing_ok=True)
+
+
 def _page_port(wanted: int) -> int:
     """The port wanted for the page, or a free one for 0. UserError where it is taken."""
     try:
@@ -183,6 +189,7 @@ def run(
         pairs=configuration.preference.ratio > 0 and configuration.reward.train, dashboard_port=page_port,
         done=lambda name: supervisor.done(name),
     ))
+    _forget_addresses(run_dir)
     began = time.monotonic()
 
     def say(line: str) -> None:
@@ -215,6 +222,7 @@ def run(
                 next_status = time.monotonic() + STATUS_SECONDS
             time.sleep(0.1)
         say("stopping")
+    _forget_addresses(run_dir)
     say("stopped; the same command goes on from here")
 
 

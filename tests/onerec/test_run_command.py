@@ -155,16 +155,14 @@ class Said:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kafka", [False, True], ids=["embedded", "kafka"])
-def test_run_learns_serves_mends_itself_and_leaves_nothing_running(tmp_path: Path, kafka: bool) -> None:
+def test_run_through_kafka_learns_serves_mends_itself_and_leaves_nothing_running(tmp_path: Path) -> None:
     events, items = world(tmp_path)
     places = ["--state", tmp_path / "state", "--run", tmp_path / "run", "--repository", tmp_path / "repository"]
     words = ["run", events, "--items", items, *places, "--speed", "20000", "--publish-every", "5", "--http-port", "0",
              "--grpc-port", "0", "--triton-metrics-port", "0", "--no-dashboard", "--set", "beam.width=8",
              "--set", "train.threads=1"]
-    if kafka:
-        cluster = [f"kafka.bootstrap=127.0.0.1:{free_port()}", "--set", "kafka.partitions=2"]
-        words += ["--kafka", "--workers", "2", "--set", *cluster]
+    cluster = [f"kafka.bootstrap=127.0.0.1:{free_port()}", "--set", "kafka.partitions=2"]
+    words += ["--kafka", "--workers", "2", "--set", *cluster]
     process = subprocess.Popen([*ONEREC, *map(str, words)], stderr=subprocess.PIPE, text=True)
     said = Said(process)
     try:
@@ -172,10 +170,9 @@ def test_run_learns_serves_mends_itself_and_leaves_nothing_running(tmp_path: Pat
         said.wait_for(r"\(version \d+ answers\)", 400)
         said.wait_for(r"sampler started", 60)
         subprocess.run(["kill", "-9", trainer], check=True)
-        if kafka:
-            carriers = re.findall(r"(?:ingest|stream-1|feed) started \(pid (\d+)\)", said.text)
-            subprocess.run(["kill", "-9", *carriers], check=True)
-            said.wait_for(r"(?:ingest|stream-1|feed) started", 20, count=6)
+        carriers = re.findall(r"(?:ingest|stream-1|feed) started \(pid (\d+)\)", said.text)
+        subprocess.run(["kill", "-9", *carriers], check=True)
+        said.wait_for(r"(?:ingest|stream-1|feed) started", 20, count=6)
         said.wait_for("train was killed by SIGKILL", 20)
         said.wait_for(r"train started", 20, count=2)
         [address] = re.findall(r"Triton gRPC (\S+),", said.text)
@@ -210,7 +207,7 @@ def labels_of(page: dict[tuple[str, frozenset[tuple[str, str]]], float], name: s
 
 
 @pytest.mark.slow
-def test_a_world_at_live_pace_shows_every_hand_off_on_one_page(tmp_path: Path) -> None:
+def test_a_world_at_live_pace_shows_every_hand_off_on_one_page_and_mends_itself(tmp_path: Path) -> None:
     places = ["--state", tmp_path / "state", "--run", tmp_path / "run", "--repository", tmp_path / "repository"]
     words = ["run", "--simulate", "--rate", "500", "--users", "2500", *places, "--publish-every", "4", "--http-port", "0",
              "--grpc-port", "0", "--triton-metrics-port", "0", "--metrics-port", "0", "--set", "beam.width=8",
@@ -246,12 +243,25 @@ def test_a_world_at_live_pace_shows_every_hand_off_on_one_page(tmp_path: Path) -
         written = read_written(tmp_path / "run" / "world" / "live.jsonl")
         assert written is not None
         assert began - 1_000 < written.began_ms < began + 60_000
+
+        subprocess.run(["kill", "-9", said.wait_for(r"train started \(pid (\d+)\)", 1)[0]], check=True)
+        said.wait_for("train was killed by SIGKILL", 20)
+        said.wait_for(r"train started", 20, count=2)
+        while labels_of(figures(url), "onerec_process_restarts_total", "process") != {"train"}:
+            assert time.monotonic() < deadline
+            time.sleep(0.5)
+        [address] = re.findall(r"Triton gRPC (\S+),", said.text)
+        answer = onerec("recommend", "u1", "--server", address, "--json")
+        assert len(orjson.loads(answer.stdout)["sessions"][0]["items"]) == 5
         process.send_signal(signal.SIGTERM)
         assert process.wait(60) == 0
     finally:
         process.kill()
         process.wait()
     started = [int(pid) for pid in re.findall(r"started \(pid (\d+)\)", said.text)]
-    assert len(started) >= len(parts)
+    assert len(started) > len(parts)
     assert not [pid for pid in started if alive(pid)]
+    here = str(tmp_path).encode()
+    commands = [path.read_bytes() for path in Path("/proc").glob("[0-9]*/cmdline") if alive(int(path.parent.name))]
+    assert not [command for command in commands if here in command and b"tritonserver" in command]
     assert not list((tmp_path / "run" / "metrics").glob("*.address"))
