@@ -51,7 +51,8 @@ BOUND: Final = 1.03
 SCRAPE_SECONDS: Final = 1.0
 SETTLE_SECONDS: Final = 8.0
 """After the monitor's first look at a version: it reads the window that drift is held against, once in its life."""
-CLIENTS: Final = 8
+CLIENTS: Final = 16
+"""Twice what Triton takes together: with as many they come in step, and one question more upsets that for good."""
 HISTORY: Final = 64
 
 
