@@ -42,6 +42,14 @@ class Recommendation(msgspec.Struct, frozen=True, kw_only=True):
     history_watermark: int | None = None
 
 
+class Told(msgspec.Struct, frozen=True, kw_only=True):
+    """What a version says of itself; times in ms, None: nothing learnt yet, no stored histories."""
+
+    model_version: int
+    watermark: int | None
+    history_watermark: int | None
+
+
 class VersionState(msgspec.Struct, frozen=True, kw_only=True):
     """One version as Triton sees it: READY, LOADING, UNAVAILABLE …, with its reason."""
 
@@ -74,6 +82,18 @@ def _time(values: np.ndarray[Any, Any]) -> int | None:
     return None if (value := int(values[0, 0])) < 0 else value
 
 
+def _who(user_id: str | None, history: Sequence[str] | None) -> list[grpcclient.InferInput]:
+    """The inputs that say whose history is meant."""
+    inputs = []
+    if user_id is not None:
+        inputs.append(_tensor("user_id", _texts([user_id]), "BYTES"))
+    if history is not None:
+        inputs.append(_tensor("history", _texts(history), "BYTES"))
+    if not inputs:
+        raise UserError("neither a user nor a history: give one of them")
+    return inputs
+
+
 class Client:
     """One connection; usable from several threads, closed by `close` or as a context manager."""
 
@@ -95,13 +115,7 @@ class Client:
 
         Raises UserError for a request that the model refuses, Failure where Triton or the model does not answer.
         """
-        inputs = []
-        if user_id is not None:
-            inputs.append(_tensor("user_id", _texts([user_id]), "BYTES"))
-        if history is not None:
-            inputs.append(_tensor("history", _texts(history), "BYTES"))
-        if not inputs:
-            raise UserError("neither a user nor a history: give one of them")
+        inputs = _who(user_id, history)
         inputs.append(_tensor("count", np.array([[count]], dtype=np.int32), "INT32"))
         if select is not None:
             inputs.append(_tensor("select", _texts([select]), "BYTES"))
@@ -120,6 +134,29 @@ class Client:
             model_version=int(result.as_numpy("model_version")[0, 0]),
             watermark=_time(result.as_numpy("watermark")),
             # Versions that were published before this output was there lack it.
+            history_watermark=None if told is None else _time(told),
+        )
+
+    def tell(self, user_id: str | None = None, history: Sequence[str] | None = None) -> Told:
+        """What the version that would answer, and the histories it would use, have come to; nothing is searched.
+
+        Of a version that was published before it knew how, a whole answer is asked for. Raises as `recommend` does.
+        """
+        inputs = _who(user_id, history)
+        outputs = [grpcclient.InferRequestedOutput(name) for name in ("model_version", "watermark", "history_watermark")]
+        try:
+            result = self._client.infer(MODEL_NAME, inputs, outputs=outputs, client_timeout=self._timeout)
+        except InferenceServerException as error:
+            if "history_watermark" in str(error):
+                whole = self.recommend(user_id, history)
+                return Told(
+                    model_version=whole.model_version, watermark=whole.watermark, history_watermark=whole.history_watermark
+                )
+            self._refuse(error)
+        told = result.as_numpy("history_watermark")
+        return Told(
+            model_version=int(result.as_numpy("model_version")[0, 0]),
+            watermark=_time(result.as_numpy("watermark")),
             history_watermark=None if told is None else _time(told),
         )
 

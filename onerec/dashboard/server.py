@@ -76,7 +76,8 @@ class Guard:
 
         host = dict(scope["headers"]).get(b"host", b"").decode("latin-1")
         if not is_own_host(host, self._host):
-            refused: ASGIApp = PlainTextResponse("this page is for its own host only: open it by its number, or name the host with --host\n", status_code=421)
+            said = "this page is for its own host only: open it by its number, or name the host with --host\n"
+            refused: ASGIApp = PlainTextResponse(said, status_code=421)
         elif scope["method"] not in ("GET", "HEAD"):
             refused = PlainTextResponse("this page only shows: GET\n", status_code=405, headers={"allow": "GET, HEAD"})
         else:

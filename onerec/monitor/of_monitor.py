@@ -29,7 +29,7 @@ class MonitorMetrics:
         metrics.gauge("onerec_replica_version").set(answer.version, replica=replica)
         fresh = None if now_ms is None or answer.watermark_ms is None else (now_ms - answer.watermark_ms) / 1000
         metrics.gauge("onerec_freshness_seconds").set(fresh, replica=replica)
-        if answer.up:
+        if answer.up and answer.whole:
             metrics.histogram("onerec_answer_seconds").labels(replica=replica).observe(answer.seconds)
         if answer.by_user and answer.history_watermark_ms is not None:
             used = metrics.age_family("onerec_history_used_age_seconds")

@@ -1,4 +1,4 @@
-"""Asking every replica, as a user would, for a real answer: what it says of itself is what users are served from."""
+"""Asking every replica what it answers users from: now and then for a whole answer, in between for what it says of itself."""
 
 from __future__ import annotations
 
@@ -13,12 +13,14 @@ import msgspec
 
 from onerec.errors import OneRecError
 
+ANSWER_SECONDS = 10.0
+"""Between two whole answers of a replica; in between it only tells what it would answer from, which costs no search."""
 DEADLINE_SECONDS = 1.0
 """A replica that has not answered by then is down."""
 
 
 class Told(Protocol):
-    """What the prober reads of a replica's answer (`exporter.client.Recommendation`)."""
+    """What the prober reads of a replica's answer (`exporter.client.Recommendation` or `Told`)."""
 
     @property
     def model_version(self) -> int:
@@ -37,6 +39,9 @@ class Connection(Protocol):
     def recommend(self, user_id: str | None = None, history: Sequence[str] | None = None) -> Told:
         """A session for a stored user or a given history; OneRecError where there is none."""
 
+    def tell(self, user_id: str | None = None, history: Sequence[str] | None = None) -> Told:
+        """The same without a session: nothing is searched."""
+
     def close(self) -> None:
         """Let go of the connection."""
 
@@ -44,7 +49,8 @@ class Connection(Protocol):
 class Answer(msgspec.Struct, frozen=True, kw_only=True):
     """What came of asking one replica; times in ms, `at_ms` by the wall clock when the answer was there.
 
-    `up` false: no answer, `fault` says why. `by_user`: a stored user was asked for, so histories were used.
+    `up` false: no answer, `fault` says why. `by_user`: a stored user was asked for, so histories were used. `whole`: with a
+    session; else the replica only told what it would answer from, and `seconds` are those of the last whole one.
     """
 
     replica: str
@@ -52,6 +58,7 @@ class Answer(msgspec.Struct, frozen=True, kw_only=True):
     up: bool
     seconds: float
     by_user: bool = False
+    whole: bool = True
     version: int | None = None
     watermark_ms: int | None = None
     history_watermark_ms: int | None = None
@@ -94,33 +101,40 @@ class Replica:
         self._users, self._connect = users, connect
         self._wall_ms, self._monotonic = wall_ms, monotonic
         self._connection: Connection | None = None
+        self._whole_at = float("-inf")
+        self._whole_seconds = 0.0
 
     def ask(self) -> Answer:
-        """One question. Never raises: a replica that does not answer is an answer, too."""
+        """One question, for a whole answer every `ANSWER_SECONDS`. Never raises: one that is not answered is told, too."""
         user = self._users.next()
         began = self._monotonic()
+        whole = began - self._whole_at >= ANSWER_SECONDS
         by_user, fault = user is not None, ""
         try:
             if self._connection is None:
                 self._connection = self._connect(self.server)
+            question = self._connection.recommend if whole else self._connection.tell
             try:
-                told = self._connection.recommend(user) if user is not None else self._connection.recommend(history=[])
+                told = question(user) if user is not None else question(history=[])
             except OneRecError as error:
                 # A host without a state answers those who bring their history; one that is down gets no second question.
                 if user is None or self._monotonic() - began > DEADLINE_SECONDS / 2:
                     raise
-                told, by_user, fault = self._connection.recommend(history=[]), False, _first_line(error)
+                told, by_user, fault = question(history=[]), False, _first_line(error)
         except Exception as error:  # whatever the connection raises: the other replicas are still asked
             self.close()
             return Answer(
-                replica=self.server, at_ms=self._wall_ms(), up=False, seconds=self._monotonic() - began,
+                replica=self.server, at_ms=self._wall_ms(), up=False, seconds=self._monotonic() - began, whole=whole,
                 fault=_first_line(error),
             )  # fmt: skip
+        if whole:
+            self._whole_at, self._whole_seconds = began, self._monotonic() - began
         return Answer(
             replica=self.server,
             at_ms=self._wall_ms(),
             up=True,
-            seconds=self._monotonic() - began,
+            seconds=self._whole_seconds,
+            whole=whole,
             by_user=by_user,
             version=told.model_version,
             watermark_ms=told.watermark,

@@ -15,6 +15,9 @@ sys.dont_write_bytecode = True
 
 import triton_python_backend_utils as pb_utils  # noqa: E402
 
+ABOUT = frozenset({"model_version", "watermark", "history_watermark"})
+"""Outputs that tell of the version and its host; who names only such outputs gets them without a search."""
+
 
 class TritonPythonModel:
     """One instance of one version."""
@@ -65,17 +68,19 @@ class TritonPythonModel:
         """Answer all requests of a dynamic batch in one run of the graph; an error concerns its request alone."""
         from serving_config.recommend.service import Answer, Request
 
+        named = [frozenset(request.requested_output_names()) for request in requests]
         asked = [
-            Request(**{tensor.name(): tensor.as_numpy() for tensor in request.inputs()}) for request in requests
+            Request(**{tensor.name(): tensor.as_numpy() for tensor in request.inputs()}, sessions=not outputs <= ABOUT)
+            for request, outputs in zip(requests, named, strict=True)
         ]
         answers, counts = self._service.answer(asked)
         for key, value in counts.items():
             if value:
                 self._counters[key].increment(value)
         responses = []
-        for answer in answers:
+        for answer, outputs in zip(answers, named, strict=True):
             if isinstance(answer, Answer):
-                tensors = [pb_utils.Tensor(name, value) for name, value in vars(answer).items()]
+                tensors = [pb_utils.Tensor(name, value) for name, value in vars(answer).items() if name in outputs]
                 responses.append(pb_utils.InferenceResponse(tensors))
             else:
                 code = pb_utils.TritonError.INVALID_ARG if answer.client_fault else pb_utils.TritonError.INTERNAL

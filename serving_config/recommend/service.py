@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 
 from serving_config.recommend.engine import Engine, History, Select, Sessions, Wanted
 from serving_config.recommend.errors import RequestError
+from trainer.reward_weights import TARGETS
 
 NO_WATERMARK = -1
 """`watermark` of a version that has learnt nothing yet; `history_watermark` of a host without a state or an event."""
@@ -34,12 +35,16 @@ class HistorySource(Protocol):
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Request:
-    """The tensors of one request as they came, None where left out; B rows each."""
+    """The tensors of one request as they came, None where left out; B rows each.
+
+    `sessions` false: only what the version says of itself is asked for, so nothing is searched.
+    """
 
     user_id: NDArray[np.object_] | None = None
     history: NDArray[np.object_] | None = None
     count: NDArray[np.int32] | None = None
     select: NDArray[np.object_] | None = None
+    sessions: bool = True
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -63,6 +68,7 @@ class _Plan:
     count: int
     select: Select
     unknown_users: int
+    sessions: bool
 
 
 class Service:
@@ -71,6 +77,10 @@ class Service:
     def __init__(self, engine: Engine, histories: HistorySource) -> None:
         self._engine = engine
         self._histories = histories
+        items = engine.manifest.model_config.session_items
+        self._nothing = Sessions(
+            np.empty((0, items), dtype=np.object_), np.empty(0, np.float32), np.empty((0, len(TARGETS)), np.float32)
+        )
 
     def answer(self, requests: Sequence[Request]) -> tuple[list[Answer | RequestError], dict[str, int]]:
         """All requests in one run of the graph; also counts of unknown items, unknown users and refused requests."""
@@ -85,6 +95,7 @@ class Service:
         rows = [
             Wanted(history=history.codes, count=plan.count, select=plan.select)
             for plan in understood
+            if plan.sessions
             for history in plan.histories
         ]
         counts = {
@@ -92,7 +103,7 @@ class Service:
             "unknown_users": sum(plan.unknown_users for plan in understood),
         }
         try:
-            found = self._engine.answer(rows)
+            found = self._engine.answer(rows) if rows else []
         except Exception as error:  # ONNX Runtime's exceptions share no base class; e.g. out of memory
             failed = RequestError(f"the model could not be run: {error}", client_fault=False)
             answers: list[Answer | RequestError] = [failed if isinstance(plan, _Plan) else plan for plan in plans]
@@ -101,6 +112,9 @@ class Service:
             for plan in plans:
                 if isinstance(plan, RequestError):
                     answers.append(plan)
+                    continue
+                if not plan.sessions:
+                    answers.append(self._answer([self._nothing] * len(plan.histories)))
                     continue
                 own, found = found[: len(plan.histories)], found[len(plan.histories) :]
                 faults = [row for row in own if isinstance(row, RequestError)]
@@ -129,7 +143,9 @@ class Service:
         else:
             raise RequestError("neither `user_id` nor `history`: send at least one")
         known = [self._engine.history(history) for history in histories]
-        return _Plan(histories=known, count=count, select=select, unknown_users=unknown_users)
+        return _Plan(
+            histories=known, count=count, select=select, unknown_users=unknown_users, sessions=request.sessions
+        )
 
     def _count(self, values: NDArray[np.int32] | None) -> int:
         if values is None:

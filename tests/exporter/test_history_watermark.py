@@ -16,6 +16,7 @@ from exporter.publish import load_repository, publish_bundle
 from exporter.server import TritonServer, find_installation
 from onerec.errors import UserError
 from serving_config.recommend.engine import Engine
+from serving_config.recommend.errors import RequestError
 from serving_config.recommend.histories import CATCH_UP_SECONDS, Histories
 from serving_config.recommend.service import Answer, Request, Service
 from streaming.semantics import Semantics
@@ -90,6 +91,30 @@ def test_it_is_told_with_every_row_and_minus_one_without_a_state(tmp_path: Path)
         histories.close()
 
 
+def test_who_asks_only_about_the_version_gets_it_without_a_search(tmp_path: Path) -> None:
+    make_bundle(tmp_path / "1")
+    engine = Engine(tmp_path / "1")
+    service = Service(engine, Histories(None))
+    history = np.array([[b"v1"], [b"v2"]], dtype=object)
+    [whole], _ = service.answer([Request(history=history)])
+    rows: list[int] = []
+    search = engine.search
+    engine.search = lambda found: rows.append(len(found)) or search(found)  # type: ignore[method-assign, func-returns-value]
+    [told], _ = service.answer([Request(history=history, sessions=False)])
+    assert rows == []
+    assert isinstance(whole, Answer) and isinstance(told, Answer)
+    assert told.items.shape == (2, 0, engine.manifest.model_config.session_items) and told.rewards.shape == (2, 0, 4)
+    for name in ("model_version", "watermark", "history_watermark"):
+        np.testing.assert_array_equal(getattr(told, name), getattr(whole, name))
+    answers, counts = service.answer([
+        Request(history=history, sessions=False), Request(history=history), Request(sessions=False),
+        Request(history=history[:1]),
+    ])  # fmt: skip
+    assert rows == [3] and counts["refused"] == 1 and isinstance(answers[2], RequestError)
+    assert [len(answer.items) for answer in answers if isinstance(answer, Answer)] == [2, 2, 1]
+    np.testing.assert_array_equal(answers[1].items, whole.items)
+
+
 def without_it(folder: Path) -> None:
     """A sealed bundle whose own modules are from before there was this output."""
     module = folder / "lib" / "serving_config" / "recommend" / "service.py"
@@ -114,10 +139,17 @@ def test_versions_with_and_without_it_are_served_side_by_side(tmp_path: Path) ->
         load_repository(repository, client)
         old = client.recommend(user_id="u1")
         assert (old.model_version, old.watermark, old.history_watermark) == (1, 1_000, None)
+        told = client.tell(user_id="u1")
+        assert (told.model_version, told.watermark, told.history_watermark) == (1, 1_000, None)
         assert publish_bundle(repository, builder(), server=server.url) == 2
         assert client.recommend(user_id="u1").history_watermark == START
         writer.write(START + LATENESS)
         assert client.recommend(user_id="u1", version=1).history_watermark is None
         time.sleep(CATCH_UP_SECONDS)
         assert client.recommend(user_id="u1").history_watermark == START + LATENESS
+        told = client.tell(user_id="u1")
+        assert (told.model_version, told.watermark, told.history_watermark) == (2, 1_000, START + LATENESS)
+        assert client.tell(history=[]).model_version == 2
+        with pytest.raises(UserError, match="empty"):
+            client.tell(user_id="")
     writer.store.close()

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 import msgspec
 
 from onerec.errors import Failure, UserError
-from onerec.monitor.prober import DEADLINE_SECONDS, Answer, Prober, Replica, Users
+from onerec.monitor.prober import ANSWER_SECONDS, DEADLINE_SECONDS, Answer, Prober, Replica, Users
 
 
 class Told(msgspec.Struct):
@@ -27,6 +27,7 @@ class Server:
         self.fault: Exception | None = None
         self.user_fault: Exception | None = None
         self.asked: list[str | None] = []
+        self.told = 0
         self.connections = 0
         self.closed = 0
 
@@ -42,6 +43,10 @@ class Server:
             raise self.user_fault
         assert (user_id is None) == (history == [])
         return Told()
+
+    def tell(self, user_id: str | None = None, history: Sequence[str] | None = None) -> Told:
+        self.told += 1
+        return self.recommend(user_id, history)
 
     def close(self) -> None:
         self.closed += 1
@@ -62,6 +67,43 @@ def test_stored_users_are_asked_for_in_turn() -> None:
     assert all(answer.up and answer.by_user for answer in answers)
     first = answers[0]
     assert (first.version, first.watermark_ms, first.history_watermark_ms) == (3, 1_000, 2_000)
+
+
+def test_a_whole_answer_is_asked_for_now_and_then_and_after_each_fault() -> None:
+    server, now = Server(), [0.0]
+    replica = Replica("a:1", users("u1"), server.connect, monotonic=lambda: now[0])
+
+    def ask(at: float) -> bool:
+        now[0], told = at, server.told
+        whole = replica.ask().whole
+        assert server.told == told + (not whole)
+        return whole
+
+    assert [ask(at) for at in (0.0, 1.0, ANSWER_SECONDS - 1, ANSWER_SECONDS, ANSWER_SECONDS + 1)] == [
+        True, False, False, True, False,
+    ]
+    server.fault = Failure("gone")
+    assert not replica.ask().up
+    server.fault = None
+    assert not ask(ANSWER_SECONDS + 2) and ask(2 * ANSWER_SECONDS)
+    server.fault = Failure("gone while it searched")
+    assert ask(3 * ANSWER_SECONDS) and not replica.ask().up
+    server.fault = None
+    assert ask(3 * ANSWER_SECONDS + 1) and not ask(3 * ANSWER_SECONDS + 2)
+
+
+def test_the_time_shown_is_that_of_the_last_whole_answer() -> None:
+    server, now = Server(), [0.0]
+    replica = Replica("a:1", users("u1"), server.connect, monotonic=lambda: now[0])
+
+    def slowly(user_id: str | None = None, history: Sequence[str] | None = None) -> Told:
+        now[0] += 0.25
+        return Told()
+
+    server.recommend = slowly  # type: ignore[method-assign]
+    assert replica.ask().seconds == 0.25
+    server.tell = lambda user_id=None, history=None: Told()  # type: ignore[method-assign]
+    assert replica.ask().seconds == 0.25
 
 
 def test_without_a_known_user_an_empty_history_is_asked_for() -> None:
