@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import urllib.error
+import http.client
 import urllib.request
 from collections.abc import Iterable
 from pathlib import Path
@@ -37,7 +37,7 @@ def fetch(url: str) -> str:
     try:
         with urllib.request.urlopen(url, timeout=SCRAPE_SECONDS) as answer:  # noqa: S310 - only http, see metrics_url
             return bytes(answer.read(SCRAPE_BYTES)).decode("utf-8", "replace")
-    except (urllib.error.URLError, OSError) as error:
+    except (OSError, http.client.HTTPException) as error:
         cause = getattr(error, "reason", error)
         raise Failure(f"metrics at {url} do not answer ({cause}); is `onerec run --metrics-port` up?") from None
 

@@ -5,6 +5,7 @@ A process that is gone, or does not answer, has no figures: stale is absent. Onl
 
 from __future__ import annotations
 
+import http.client
 import http.server
 import re
 import threading
@@ -83,14 +84,18 @@ def _families(page: str) -> Iterable[tuple[str, list[str], list[str]]]:
 
 
 def fetch(url: str) -> str:
-    """A page of metrics. Raises OSError where nobody answers in time."""
+    """A page of metrics. Raises OSError where nobody answers in time, or not to the end."""
     try:
         with urllib.request.urlopen(url, timeout=ANSWER_SECONDS) as answer:  # noqa: S310 - http, made by us
-            return str(answer.read(LARGEST_PAGE).decode("utf-8", "replace"))
+            page = str(answer.read(LARGEST_PAGE).decode("utf-8", "replace"))
+            if answer.length:
+                raise OSError(f"{url} ended {answer.length} bytes early")
+            return page
     except urllib.error.URLError as error:
         raise error.reason if isinstance(error.reason, OSError) else OSError(str(error.reason)) from None
-    except ValueError as error:
-        raise OSError(str(error)) from None
+    except (ValueError, http.client.HTTPException) as error:
+        # Of a process that was killed in the middle of its answer, or that is no server of metrics at all.
+        raise OSError(f"{type(error).__name__}: {error}") from None
 
 
 class Federation(Closing):

@@ -184,6 +184,29 @@ def test_a_process_that_never_ends_its_answer_holds_nobody_up() -> None:
         server.server_close()
 
 
+@pytest.mark.parametrize("said", [
+    b"HTTP/1.1 200 OK\r\nContent-Length: 1000\r\n\r\n# TYPE a gauge\na 1\n",
+    b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n100\r\na 1\n",
+    b"HTTP/1.1 200 OK\r\nContent-Length: 1000\r\n\r\n",
+    b"who is there?\r\n",
+    b"",
+])
+def test_a_process_killed_in_the_middle_of_its_answer_has_none(said: bytes) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+
+        def answer() -> None:
+            connection, _ = server.accept()
+            with connection:
+                connection.recv(4096)
+                connection.sendall(said)
+
+        killed = threading.Thread(target=answer)
+        killed.start()
+        with pytest.raises(OSError):
+            fetch(f"http://127.0.0.1:{server.getsockname()[1]}/metrics")
+        killed.join(20)
+
+
 def test_a_port_in_use_is_refused_with_the_option(tmp_path: Path) -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken, pytest.raises(UserError, match="--metrics-port"):
         Federation(tmp_path, taken.getsockname()[1])
