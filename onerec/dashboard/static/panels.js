@@ -171,7 +171,8 @@ function lineageFacts(facts_) {
   const label = (name) => LINEAGE[name] ?? name.replaceAll("_", " ");
   const first = FIRST_FACTS.filter((name) => name in facts_);
   const rest = Object.keys(facts_).filter((name) => (!first.includes(name) || brief[name]) && name !== "version" && known(name));
-  const missing = first.filter((name) => !known(name));
+  // Only what a person did has a reason: without one nothing is missing.
+  const missing = first.filter((name) => !known(name) && name !== "reason");
   return [facts(first.filter(known).map((name) => [label(name), short(name)])),
     missing.length ? h("p", { class: "note missing" }, `No data: ${missing.map((name) => label(name).toLowerCase()).join(", ")}.`) : null,
     rest.length ? disclosure(`more ${facts_.version}`, "More", facts(rest.map((name) => [label(name), told(name)]))) : null];
