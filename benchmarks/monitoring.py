@@ -1,13 +1,14 @@
 """What monitoring costs: throughput of replay and of serving with it and without, in turn, in one run.
 
-    python -m benchmarks.monitoring [--quick] [--json FILE] [--only replay|serving]
+    python -m benchmarks.monitoring [--quick] [--json FILE] [--only replay|serving|lockstep]
 
 Replay: one log into a fresh state, in a process of its own; with nothing measured, or with all metrics counted, served, and
 scraped every second. Serving: clients ask a real Triton as fast as it answers; with nobody watching, or with `onerec monitor`
 asking it every `monitor.every_s`, and its metrics and Triton's own scraped every second. Each round runs both, the order turned
 from round to round; a round's ratio is time (or time a request) with monitoring over that without, and the figure is the median
 of the rounds. Processor time, of the replaying process and of Triton with the monitor for each request, tells the cost where
-the clock is disturbed by others.
+the clock is disturbed by others. Lockstep says why serving is not measured with as many clients as a batch holds: what one more
+client, no monitor, costs those who ask again at once.
 """
 
 from __future__ import annotations
@@ -51,9 +52,10 @@ BOUND: Final = 1.03
 SCRAPE_SECONDS: Final = 1.0
 SETTLE_SECONDS: Final = 8.0
 """After the monitor's first look at a version: it reads the window that drift is held against, once in its life."""
-CLIENTS: Final = 32
-"""Four times what Triton takes together, so that every batch is full. With as many as a batch holds they come in step, and any
-further request, whosever it is, parts them for good: a third of the throughput for nothing that processor time would show."""
+BATCH: Final = 8
+"""What Triton takes together (`serve.max_batch`)."""
+CLIENTS: Final = 4 * BATCH
+"""So that every batch is full, whoever else asks."""
 PAUSE_SECONDS: Final = 0.05
 """A client's longest pause between two requests, drawn anew each time, so that they do not come in step."""
 HISTORY: Final = 64
@@ -167,22 +169,24 @@ def small_state(folder: Path) -> tuple[Path, list[list[str]]]:
     return state, [[names[row] for row in rng.integers(0, len(names), HISTORY)] for _ in range(256)]
 
 
-def asked(server: str, histories: list[list[str]], seconds: float) -> float:
-    """Requests a second that Triton answers to `CLIENTS`, who each ask again after a short pause."""
+def asked(
+    server: str, histories: list[list[str]], seconds: float, clients: int = CLIENTS, pause: float = PAUSE_SECONDS
+) -> float:
+    """Requests a second that Triton answers to so many clients, who each ask again after a pause of up to `pause` seconds."""
     until = time.monotonic() + seconds
 
     def ask(number: int) -> int:
         count, pauses = 0, np.random.default_rng(number)
         with Client(server, timeout=60) as client:
             while time.monotonic() < until:
-                client.recommend(history=histories[(number + count * CLIENTS) % len(histories)])
+                client.recommend(history=histories[(number + count * clients) % len(histories)])
                 count += 1
-                time.sleep(float(pauses.uniform(0.0, PAUSE_SECONDS)))
+                time.sleep(float(pauses.uniform(0.0, pause)))
         return count
 
     began = time.monotonic()
-    with ThreadPoolExecutor(CLIENTS) as pool:
-        total = sum(pool.map(ask, range(CLIENTS)))
+    with ThreadPoolExecutor(clients) as pool:
+        total = sum(pool.map(ask, range(clients)))
     return total / (time.monotonic() - began)
 
 
@@ -264,9 +268,54 @@ def serving_rounds(folder: Path, rounds: int, seconds: float) -> dict[str, Any]:
     }
 
 
+@contextmanager
+def one_more(server: TritonServer, histories: list[list[str]]) -> Iterator[None]:
+    """A further client, who asks once a second."""
+    stop = threading.Event()
+
+    def ask() -> None:
+        with Client(server.url, timeout=60) as client:
+            while not stop.wait(1.0):
+                client.recommend(history=histories[0])
+
+    thread = threading.Thread(target=ask)
+    thread.start()
+    try:
+        yield
+    finally:
+        stop.set()
+        thread.join()
+
+
+def lockstep_rounds(folder: Path, rounds: int, seconds: float) -> dict[str, Any]:
+    """Rounds of `BATCH` clients without a pause, alone and with one more who asks once a second; nobody monitors."""
+    state, histories = small_state(folder)
+    run, repository = folder / "run", folder / "repository"
+    repository.mkdir()
+    save(run, state, "tiny", 1)
+    found: list[dict[bool, float]] = []
+    with TritonServer(repository, state) as server:
+        with Client(server.url, timeout=60) as client:
+            load_repository(repository, client)
+        publish(run, repository, server=server.url)
+        for number in range(rounds):
+            pair = {}
+            for joined in (False, True) if number % 2 == 0 else (True, False):
+                with one_more(server, histories) if joined else ExitStack():
+                    pair[joined] = asked(server.url, histories, seconds, BATCH, 0.0)
+            found.append(pair)
+            print(f"lockstep, round {number}: {pair}", file=sys.stderr)
+    return {
+        "clients": BATCH,
+        "requests_per_second": {name: statistics.median(pair[on] for pair in found)
+                                for name, on in (("without", False), ("with", True))},
+        **ratios([pair[False] / pair[True] for pair in found]),
+    }
+
+
 def show(found: dict[str, Any]) -> None:
     """A table for people."""
-    table = Table("", "without", "with monitoring", "ratio (median)", "least", "most", title="what monitoring costs", width=110)
+    table = Table("", "without", "with", "ratio (median)", "least", "most", title="what monitoring costs", width=110)
     for name, figure in found.items():
         rate = figure.get("events_per_second") or figure["requests_per_second"]
         unit = "events/s" if name == "replay" else "requests/s"
@@ -285,7 +334,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=8)
     parser.add_argument("--events", type=int, default=1_000_000, help="of the log that is replayed")
     parser.add_argument("--seconds", type=float, default=20.0, help="of serving, with and without, in each round")
-    parser.add_argument("--only", choices=["replay", "serving"])
+    parser.add_argument("--only", choices=["replay", "serving", "lockstep"])
     parser.add_argument("--json", type=Path, help="write the figures there too")
     parser.add_argument("--child", nargs="+", type=Path, help=argparse.SUPPRESS)
     options = parser.parse_args()
@@ -297,14 +346,16 @@ def main() -> None:
         options.rounds, options.events, options.seconds = 2, options.events // 10, options.seconds / 5
     found: dict[str, Any] = {}
     with tempfile.TemporaryDirectory(prefix="onerec-bench-") as scratch:
-        if options.only != "serving":
+        if options.only in (None, "replay"):
             found["replay"] = replay_rounds(Path(scratch), options.rounds, options.events)
-        if options.only != "replay":
+        if options.only in (None, "serving"):
             found["serving"] = serving_rounds(Path(scratch), options.rounds, options.seconds)
+        if options.only == "lockstep":
+            found["lockstep"] = lockstep_rounds(Path(scratch), options.rounds, options.seconds)
     if options.json:
         options.json.write_text(json.dumps(found, indent=1) + "\n")
     show(found)
-    over = [name for name, figure in found.items() if figure["ratio"] > BOUND]
+    over = [name for name, figure in found.items() if figure["ratio"] > BOUND and name != "lockstep"]
     if over:
         sys.exit(f"above {BOUND}: {', '.join(over)}")
 

@@ -97,7 +97,7 @@ def _world(text: str) -> World:
     known = [field.name for field in msgspec.structs.fields(WorldConfig)]
     try:
         if text.endswith(".json"):
-            given: dict[str, Any] = msgspec.json.decode(Path(text).read_bytes(), type=dict[str, int | float])
+            given: dict[str, Any] = msgspec.json.decode(Path(text).read_bytes(), type=dict[str, Any])
         else:
             given = dict(part.partition("=")[::2] for part in text.split(",") if part)
         unknown = sorted(set(given) - set(known))

@@ -294,6 +294,7 @@ def test_misplaced_and_broken_input_stops_nothing_and_loses_nothing(cluster: Clu
     counts = drained(configured(config, idle_ms=500))
     assert msgspec.structs.asdict(counts) == {
         "events": 7, "dead_letters": 3, "rerouted": 4, "items": 2, "markers": 0, "empty": 3,
+        "reasons": {"not_json": 1, "too_long": 1, "bad_type": 1},
     }
     found = events(config)
     assert sorted(line for line in found[0] if line != END) == sorted([watch(1, users[0]), big, like(5, users[0])])
