@@ -11,7 +11,7 @@ from onerec.config import load_config
 from onerec.console import ConfigOption, MetricsPortOption, RepositoryOption, RunOption, SetOption, StateOption, err
 from onerec.errors import UserError
 
-LOOK_SECONDS = 0.5
+LOOK_SECONDS = 1.0
 """Between two looks at the state: how finely the first hand-offs are told apart. One costs some 7 ms of processor."""
 SERVER = "127.0.0.1:8001"
 
