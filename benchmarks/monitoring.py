@@ -7,7 +7,8 @@ scraped every second. Serving: clients ask a real Triton as fast as it answers; 
 asking it every `monitor.every_s`, and its metrics and Triton's own scraped every second. Each round runs both, the order turned
 from round to round; a round's ratio is time (or time a request) with monitoring over that without, and the figure is the median
 of the rounds. Processor time, of the replaying process and of Triton with the monitor for each request, tells the cost where
-the clock is disturbed by others. Lockstep: what one more client, no monitor, costs as many clients as a batch holds, who ask again at once.
+the clock is disturbed by others. Lockstep: what one more client, no monitor, costs as many clients as a batch holds, who ask
+again at once.
 """
 
 from __future__ import annotations
