@@ -162,6 +162,16 @@ def pace_of(speed: float | None, live: bool, clock: Clock, tick: float | None = 
     return Pace(speed, clock, tick or PACE_SECONDS) if speed is not None else None
 
 
+def wait_for_more(cursors: list[Cursor], clock: Clock) -> bool:
+    """Where no source has a head: False once all have ended, else a pause and a look at those that may still grow."""
+    if all(each.ended for each in cursors):
+        return False
+    clock.sleep(FOLLOW_SECONDS)
+    for each in cursors:
+        each.look()
+    return True
+
+
 def next_cursor(cursors: list[Cursor]) -> Cursor | None:
     """The source whose turn it is: one with no valid event at its head, else the smallest time, ties in order."""
     best: Cursor | None = None

@@ -11,7 +11,7 @@ import msgspec
 from onerec.errors import UserError
 from streaming.changes import Changes, Counters, DeadLetter
 from streaming.core import Core
-from streaming.cursors import AHEAD_MS, FOLLOW_SECONDS, Clock, Cursor, next_cursor, pace_of, size_of
+from streaming.cursors import AHEAD_MS, FOLLOW_SECONDS, Clock, Cursor, next_cursor, pace_of, size_of, wait_for_more
 from streaming.events import Rejected, Row
 from streaming.formats import open_source, source_name
 from streaming.seeds import Seeds
@@ -171,11 +171,8 @@ class Replay:
                 self._commit(changes, positions, [row for _, row in records], behind)
                 records, size = [], 0
             if cursor is None or head is None:
-                if all(each.ended for each in cursors):
+                if not wait_for_more(cursors, self._clock):
                     return
-                self._clock.sleep(FOLLOW_SECONDS)
-                for each in cursors:
-                    each.look()
                 continue
             if not ready and pace is not None:
                 pace.wait(head)

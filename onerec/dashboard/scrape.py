@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import http.client
-import urllib.request
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, Final
@@ -12,9 +10,9 @@ from urllib.parse import urlsplit
 from prometheus_client.parser import text_string_to_metric_families
 
 from onerec.errors import Failure, UserError
+from onerec.monitor import federation
 
 SCRAPE_SECONDS: Final = 2.0
-SCRAPE_BYTES: Final = 8 << 20
 LAG_SECONDS: Final = "onerec_lag_seconds"
 LAG_OFFSETS: Final = "onerec_lag_offsets"
 
@@ -35,11 +33,9 @@ def metrics_url(text: str) -> str:
 def fetch(url: str) -> str:
     """A page of metrics. Raises Failure where nobody answers."""
     try:
-        with urllib.request.urlopen(url, timeout=SCRAPE_SECONDS) as answer:  # noqa: S310 - only http, see metrics_url
-            return bytes(answer.read(SCRAPE_BYTES)).decode("utf-8", "replace")
-    except (OSError, http.client.HTTPException) as error:
-        cause = getattr(error, "reason", error)
-        raise Failure(f"metrics at {url} do not answer ({cause}); is `onerec run --metrics-port` up?") from None
+        return federation.fetch(url, SCRAPE_SECONDS)
+    except OSError as error:
+        raise Failure(f"metrics at {url} do not answer ({error}); is `onerec run --metrics-port` up?") from None
 
 
 def lags(pages: Iterable[str]) -> dict[str, Any] | None:

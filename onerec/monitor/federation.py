@@ -83,10 +83,10 @@ def _families(page: str) -> Iterable[tuple[str, list[str], list[str]]]:
         yield family, head, lines
 
 
-def fetch(url: str) -> str:
+def fetch(url: str, seconds: float = ANSWER_SECONDS) -> str:
     """A page of metrics. Raises OSError where nobody answers in time, or not to the end."""
     try:
-        with urllib.request.urlopen(url, timeout=ANSWER_SECONDS) as answer:  # noqa: S310 - http, made by us
+        with urllib.request.urlopen(url, timeout=seconds) as answer:  # noqa: S310 - http, made by us
             page = str(answer.read(LARGEST_PAGE).decode("utf-8", "replace"))
             if answer.length:
                 raise OSError(f"{url} ended {answer.length} bytes early")

@@ -12,7 +12,7 @@ import msgspec
 import orjson
 
 from onerec.errors import Failure, UserError
-from streaming.cursors import AHEAD_MS, FOLLOW_SECONDS, Clock, Cursor, next_cursor, pace_of
+from streaming.cursors import AHEAD_MS, FOLLOW_SECONDS, Clock, Cursor, next_cursor, pace_of, wait_for_more
 from streaming.events import (
     BLANK,
     DEEP_LINE,
@@ -294,11 +294,8 @@ class Produce:
                 behind = None if pace is None else pace.behind_ms(head) if head else 0
                 self._commit({c.source.name: _produced(c.position()) for c in cursors}, behind)
             if cursor is None or head is None:
-                if all(each.ended for each in cursors):
+                if not wait_for_more(cursors, self._clock):
                     return
-                self._clock.sleep(FOLLOW_SECONDS)
-                for each in cursors:
-                    each.look()
                 continue
             if not ready and pace is not None:
                 pace.wait(head)
